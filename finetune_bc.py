@@ -24,7 +24,6 @@ import gzip
 import json
 import math
 import os
-import pickle
 import platform
 import resource
 import shutil
@@ -34,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import ale_py
@@ -162,7 +162,7 @@ def reading(path: Path, advice: str):
     """Turns what goes wrong when a file is read into one line that names it and says what to do."""
     try:
         yield
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error, UnpicklingError) as error:
         raise SystemExit(f"{path} cannot be used ({error}). {advice}") from error
 
 
@@ -421,6 +421,8 @@ class ResNet(nn.Module):
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
         channels = width = round(64 * width_multiplier)
+        if width < 4 or width % 4 or min(blocks) < 1:
+            raise SystemExit("64 x --width-multiplier must be a multiple of 4, and all of --blocks at least 1.")
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
             stage = nn.Sequential()
@@ -499,7 +501,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> str:
     if shapes != expected:
         name = min(dict(shapes.items() ^ expected.items()))
         found = f"{name} is {shapes.get(name)}, not {expected.get(name)}"
-        raise SystemExit(f"{path} has another network ({found}): set --width-multiplier and --blocks as it was trained.")
+        raise SystemExit(f"{path} has another network ({found}): set --width-multiplier and --blocks as in its run.")
     backbone.load_state_dict(state)
     return content.get("objective", path.stem)
 
@@ -592,7 +594,7 @@ def finetune(args: Args) -> None:
     num_actions = int(AtariVectorEnv(game, 1).single_action_space.n)
     for _, path in shards:
         if (most := open_shard(path)["fields"]["action"].max()) >= num_actions:
-            raise SystemExit(f"{path} has action {most}, but {game} has only {num_actions} actions: another game's data?")
+            raise SystemExit(f"{path} has action {most}, but {game} only {num_actions} actions: another game's data?")
     data = Windows(shards, HISTORY + 1, args.batch_size, args.seed, "all")
     policy = Policy(backbone, args.freeze_backbone).to(device, memory_format=torch.channels_last)
     model = torch.compile(policy) if args.compile else policy
@@ -650,6 +652,9 @@ def finetune(args: Args) -> None:
             logits = policy(torch.from_numpy(stacks).to(device) / 255)
         return logits[:, :num_actions].argmax(1).cpu().numpy()
 
+    parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
+    with replacing(run_dir / "policy.pt") as file:
+        torch.save({part: getattr(policy, part).state_dict() for part in parts}, file)
     scores, frames = play_episodes(game, act, args.eval_episodes, args.max_episode_steps, args.epsilon, args.seed)
     if args.video:
         save_gif(run_dir / "episode.gif", frames)

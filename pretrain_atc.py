@@ -25,7 +25,6 @@ import gzip
 import json
 import math
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -36,6 +35,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import ale_py
@@ -128,7 +128,7 @@ def reading(path: Path, advice: str):
     """Turns what goes wrong when a file is read into one line that names it and says what to do."""
     try:
         yield
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error, UnpicklingError) as error:
         raise SystemExit(f"{path} cannot be used ({error}). {advice}") from error
 
 
@@ -387,6 +387,8 @@ class ResNet(nn.Module):
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
         channels = width = round(64 * width_multiplier)
+        if width < 4 or width % 4 or min(blocks) < 1:
+            raise SystemExit("64 x --width-multiplier must be a multiple of 4, and all of --blocks at least 1.")
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
             stage = nn.Sequential()
@@ -580,7 +582,7 @@ def train(args: Args) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.batch_size % WORLD_SIZE:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be shared among {WORLD_SIZE} processes.")
-    args.games = tuple(parse_game(game) for game in args.games) or ID_GAMES
+    args.games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES
     run_dir = Path("runs") / (args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
     if RANK == 0 and args.overwrite:
@@ -626,7 +628,8 @@ def train(args: Args) -> None:
         start = load_checkpoint(checkpoint, objective, optimizer, plain_args)
     steps = range(start, args.total_steps)
     workers = dict(num_workers=args.num_workers, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    batches = iter(DataLoader(data, sampler=steps, batch_size=None, pin_memory=device.type == "cuda", **workers))
+    workers |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # else it draws from the default one
+    batches = iter(DataLoader(data, sampler=steps, batch_size=None, **workers))
     stop = []  # signals that ask for it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))

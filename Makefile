@@ -1,0 +1,54 @@
+# make quickstart   the whole way on a machine without data and GPU, in a few minutes
+# make test         lints and runs every test
+# make sync         copies the shared sections of SCRIPT (default pretrain_atc.py) over those of the other scripts
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+RUN := $(abspath $(VENV))/bin/python
+SCRIPT ?= pretrain_atc.py
+OBJECTIVE ?= atc
+
+.PHONY: quickstart test lint sync clean
+
+# The environment is made again when the requirements change, else left as it is.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# A network of a quarter of the width on 1,000 rows of random play a game: this shows that everything runs, no more.
+SMALL := --width-multiplier 0.25 --blocks 1 1 1 1
+PRETRAIN := --games ms_pacman breakout freeway road_runner --total-steps 150 --batch-size 64 --save-every 50
+FINETUNE := --epochs 8 --batch-size 64 --eval-episodes 4 --max-episode-steps 500
+
+quickstart: $(VENV)/installed
+	mkdir -p quickstart
+	cd quickstart && $(RUN) ../pretrain_$(OBJECTIVE).py $(PRETRAIN) $(SMALL) --resume
+	cd quickstart && for game in ms_pacman pong; do for seed in 0 1; do \
+	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(FINETUNE) $(SMALL); \
+	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(FINETUNE) $(SMALL) \
+	    --checkpoint runs/pretrain_$(OBJECTIVE)__0/checkpoint.pt; \
+	done; done
+	cd quickstart && $(RUN) ../eval_iqm.py --resamples 2000
+	@echo
+	@echo "Made in quickstart/: cache/ (games played at random), runs/ (checkpoint, TensorBoard logs), results/ (a score"
+	@echo "for each method, game and seed), reports/iqm.md, iqm.json and iqm.png (table and figure)."
+	@echo "The scores are a smoke test: a small network, a minute of training on random play, 4 short episodes."
+
+test: $(VENV)/installed-dev lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) tests/sync.py --check
+
+sync:
+	$(PYTHON) tests/sync.py $(SCRIPT)
+
+clean:
+	rm -rf quickstart

@@ -1,0 +1,45 @@
+"""What the tests share: running a script as a user does, importing one, and a small replay played once."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GAMES = ("pong", "ms_pacman", "breakout", "freeway")
+SMALL = ("--width-multiplier", "0.125", "--blocks", "1", "1", "1", "1")  # a ResNet that trains in milliseconds
+
+
+def load(script: str):
+    """The script as a module, imported as nobody would but a test."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"} | changes
+
+
+def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs a script in a folder of its own, checks its exit code and returns what it printed."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr[-5000:]}"
+    if code:  # what went wrong is said in a line, not in a traceback
+        assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A --cache-dir with 1,000 played rows of each of GAMES."""
+    folder = tmp_path_factory.mktemp("cache")
+    module = load("pretrain_atc.py")
+    module.prepare(module.Args(cache_dir=folder), GAMES, 0)
+    return folder

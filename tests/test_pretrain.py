@@ -1,0 +1,222 @@
+"""Pre-training as a user runs it: alone, interrupted, on several processes, with wrong arguments and bad numbers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, environment, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("pretrain_*.py"))
+QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
+
+
+def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows: {name: {step: value}}"""
+    events = EventAccumulator(str(run_dir)).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(a, b) -> None:
+    """Bitwise equality of nested dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def start(script: str, *args, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_alone_in_an_empty_folder(script, tmp_path):
+    """A copy of the script, and nothing else, plays its data, trains, evaluates, logs and saves."""
+    shutil.copy(ROOT / script, tmp_path)
+    command = [sys.executable, script, *map(str, QUICK), "--total-steps", "3", "--seed", "7"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No --data-dir: a smoke test on 100 rows of random play a game" in done.stdout
+    assert "images/s" in done.stderr  # on the progress bar
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", script, "runs"]
+    run_dir = tmp_path / "runs" / f"{script.removesuffix('.py')}__7"
+    assert json.loads((run_dir / "args.json").read_text())["seed"] == 7
+
+    content = checkpoint(run_dir)
+    assert content["format"] == "atari-pb/1"
+    assert content["objective"] == script.removeprefix("pretrain_").removesuffix(".py")
+    assert (content["step"], content["games"]) == (3, ["pong", "freeway"])
+    assert content["backbone"]["layer4.0.downsample.0.weight"].shape == (256, 128, 1, 1)
+    assert {"backbone", "neck", "head", "optimizer", "rng", "args"} <= content.keys()
+    logged = scalars(run_dir)
+    assert {"losses/loss", "losses/grad_norm", "eval/loss", "charts/learning_rate", "charts/teraflops"} <= logged.keys()
+    assert list(logged["losses/loss"]) == [1, 2, 3]
+    assert all(value > 0 for value in logged["charts/images_per_second"].values())
+    assert logged["charts/learning_rate"][1] == pytest.approx(0.1 * content["args"]["learning_rate"])
+
+
+def test_operations_are_counted(tmp_path):
+    """ATC's step of the full network is 19.6 GFLOP a sample: 3 x 4.9 for the query, 4.9 for the key, little else."""
+    run("pretrain_atc.py", "--total-steps", 1, *QUICK[len(SMALL) :], cwd=tmp_path)
+    logged = scalars(tmp_path / "runs" / "pretrain_atc__0")
+    operations = 1e12 * logged["charts/teraflops"][1] / logged["charts/images_per_second"][1]
+    assert operations == pytest.approx(19.6e9, rel=0.02)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_equals_left_alone(script, tmp_path):
+    args = (*QUICK, "--precision", "fp32", "--total-steps", 40, "--eval-every", 10, "--save-every", 4)
+    run(script, *args, "--run-name", "alone", cwd=tmp_path)
+    killed = tmp_path / "runs" / "killed"
+    process = start(script, *args, "--run-name", "killed", cwd=tmp_path)
+    wait_for((killed / "checkpoint.pt").exists, process)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert 0 < checkpoint(killed)["step"] < 40
+    run(script, *args, "--run-name", "killed", "--resume", cwd=tmp_path)
+
+    a, b = checkpoint(tmp_path / "runs" / "alone"), checkpoint(killed)
+    assert (a["args"].pop("run_name"), b["args"].pop("run_name")) == ("alone", "killed")
+    assert b["args"].pop("resume") and not a["args"].pop("resume")
+    assert_equal(a, b)
+    alone, killed = scalars(tmp_path / "runs" / "alone"), scalars(killed)
+    assert len(alone["losses/loss"]) == 40
+    for name in ("losses/loss", "losses/grad_norm", "eval/loss"):
+        assert alone[name] == killed[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_equal_one(script, tmp_path):
+    """Same losses, metrics and gradients (Adam's first mean is a tenth of the first gradient) from the same batch."""
+    args = [*map(str, QUICK), "--precision", "fp32", "--total-steps", "1", "--max-grad-norm", "inf"]
+    run(script, *args, "--run-name", "one", cwd=tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / script), *args, "--run-name", "two"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+    one, two = scalars(tmp_path / "runs" / "one"), scalars(tmp_path / "runs" / "two")
+    same = [name for name in one if name.startswith(("losses/", "eval/"))]
+    assert len(same) >= 3
+    for name in same:  # torch's norm of millions of float32 on a CPU depends on the number of threads: 1e-3
+        assert two[name][1] == pytest.approx(one[name][1], rel=1e-3 if name == "losses/grad_norm" else 1e-4), name
+    one, two = checkpoint(tmp_path / "runs" / "one"), checkpoint(tmp_path / "runs" / "two")
+    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
+    for i, state in one["optimizer"]["state"].items():
+        gradient, other = 10 * state["exp_avg"], 10 * two["optimizer"]["state"][i]["exp_avg"]
+        assert (gradient - other).norm() <= 1e-4 * gradient.norm() + 1e-9
+    assert any(state["exp_avg"].any() for state in one["optimizer"]["state"].values())
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    """An absurd learning rate: the first step is finite and saved, the next one's loss is not."""
+    args = (*QUICK, "--total-steps", 20, "--save-every", 1, "--learning-rate", 1e20, "--precision", "fp32")
+    done = run("pretrain_atc.py", *args, cwd=tmp_path, code=1)
+    assert "Stopped at step" in done.stderr and "nan" in done.stderr
+    content = checkpoint(tmp_path / "runs" / "pretrain_atc__0")
+    step = int(done.stderr.split("Stopped at step ")[1].split(":")[0])
+    assert content["step"] == step  # the checkpoint is of just before the bad step
+    assert all(x.isfinite().all() for part in ("backbone", "neck", "head") for x in content[part].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends(number, tmp_path):
+    args = (*QUICK, "--total-steps", 100_000, "--save-every", 100_000)
+    process = start("pretrain_atc.py", *args, cwd=tmp_path)
+    run_dir = tmp_path / "runs" / "pretrain_atc__0"
+    wait_for(lambda: list(run_dir.glob("events*")), process)
+    time.sleep(1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 1 and "To go on: --resume" in output and "Traceback" not in output, output[-3000:]
+    step = checkpoint(run_dir)["step"]
+    assert f"after step {step}" in output
+
+
+def test_an_existing_run_is_kept(tmp_path):
+    args = (*QUICK, "--total-steps", 2)
+    run("pretrain_atc.py", *args, cwd=tmp_path)
+    path = tmp_path / "runs" / "pretrain_atc__0" / "checkpoint.pt"
+    before = path.read_bytes()
+    done = run("pretrain_atc.py", *args, cwd=tmp_path, code=1)
+    assert "runs/pretrain_atc__0 exists" in done.stderr and "--resume" in done.stderr
+    done = run("pretrain_atc.py", *args, "--resume", "--learning-rate", 1, cwd=tmp_path, code=1)
+    assert "'learning_rate': 0.0003" in done.stderr
+    assert path.read_bytes() == before
+    run("pretrain_atc.py", *args, "--resume", cwd=tmp_path)  # complete already: nothing is trained
+    assert_equal(torch.load(path, weights_only=True)["backbone"], checkpoint(path.parent)["backbone"])
+    assert checkpoint(path.parent)["step"] == 2
+    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--overwrite", cwd=tmp_path)
+    assert checkpoint(path.parent)["step"] == 1
+    path.write_bytes(before[:1000])
+    done = run("pretrain_atc.py", *args, "--resume", cwd=tmp_path, code=1)
+    assert str(Path("runs/pretrain_atc__0/checkpoint.pt")) in done.stderr and "--overwrite" in done.stderr
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    run("pretrain_atc.py", *QUICK, "--total-steps", 1, cwd=tmp_path)
+    path = tmp_path / "runs" / "pretrain_atc__0" / "checkpoint.pt"
+    torch.save(checkpoint(path.parent) | {"extra": Bomb()}, path)
+    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--resume", cwd=tmp_path, code=1)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--no-such-flag"], 2, "no-such-flag"),
+        (["--batch-size", "many"], 2, "batch-size"),
+        (["--batch-size", "0"], 1, "--batch-size must be at least 1"),
+        (["--total-steps", "-5"], 1, "--total-steps must be at least 1"),
+        (["--save-every", "0"], 1, "--save-every must be at least 1"),
+        (["--width-multiplier", "0.01"], 1, "--width-multiplier"),
+        (["--games", "pongg"], 1, "Unknown game 'pongg'"),
+        (["--batch-size", "5000"], 1, "lower it"),
+        (["--data-dir", "nowhere"], 1, "nowhere/Pong"),
+    ],
+)
+def test_bad_arguments(args, code, message, tmp_path):
+    done = run("pretrain_atc.py", *QUICK, "--total-steps", 1, *args, cwd=tmp_path, code=code)
+    assert message in done.stderr + done.stdout
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+def test_game_names(tmp_path):
+    """ALE's and the data set's spelling are the same game."""
+    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--games", "MsPacman", "up_n_down", "UpNDown", cwd=tmp_path)
+    assert checkpoint(tmp_path / "runs" / "pretrain_atc__0")["games"] == ["ms_pacman", "up_n_down"]
