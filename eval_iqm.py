@@ -109,6 +109,20 @@ def normalize(game: str, score: float) -> float:
     return (score - low) / (high - low + 1e-6)
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def replacing(path: Path):
+    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # === reading ==========================================================================================================
 KEYS = ("suite", "method", "game", "seed", "score")
 Scores = dict[tuple[str, int], float]  # a method's normalised scores, by (game, seed)
@@ -323,19 +337,6 @@ def draw(results: dict, facts: dict) -> Figure:
             panel.tick_params(labelsize=8, left=False)
             panel.set_title(f"{split}\n{facts[suite][split]['coverage']}", fontsize=8, loc="left")
     return figure
-
-
-@contextmanager
-def replacing(path: Path):
-    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def report(args: Args) -> None:

@@ -145,6 +145,20 @@ def normalize(game: str, score: float) -> float:
     return (score - low) / (high - low + 1e-6)
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def replacing(path: Path):
+    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # === data [shared] ====================================================================================================
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
@@ -166,19 +180,6 @@ def reading(path: Path, advice: str):
         raise SystemExit(f"{path} cannot be used ({error}). {advice}") from error
 
 
-@contextmanager
-def replacing(path: Path):
-    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
     """Where a replay checkpoint's files are: as the bucket has them, or as Atari-PB's and SGI's download scripts do."""
     folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
@@ -186,15 +187,15 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
     return [[folder / layout.format(field) for field in REPLAY] for layout in layouts]
 
 
-def read_rows(path: Path, kinds: str, shape: tuple, rows: int | None = None) -> tuple[np.ndarray, int]:
+def read_rows(path: Path, kinds: tuple, shape: tuple, rows: int | None = None) -> tuple[np.ndarray, int]:
     """The first `rows` (None: all) rows of a gzipped .npy, decompressing no more than those, and how many it holds.
 
-    `kinds` are the NumPy kinds of dtype to accept, `shape` is a row's.
+    `kinds` are what the dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
     """
     with reading(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
-        (total, *row_shape), _, dtype = np.lib.format.read_array_header_1_0(file)
-        if tuple(row_shape) != shape or dtype.kind not in kinds:
+        (total, *row_shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
+        if tuple(row_shape) != shape or column_major or not dtype.str[1:].startswith(kinds):
             raise ValueError(f"it holds rows of {dtype} {row_shape}, not of kind {kinds} {list(shape)}")
         count = total if rows is None else min(rows, total)
         content = file.read(count * math.prod(shape) * dtype.itemsize)
@@ -209,7 +210,7 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     """
     numbers = (50, 49, 48) if checkpoint == 50 else (checkpoint,)  # a few runs lack checkpoint 50
     layouts = [files for number in numbers for files in replay_layouts(data_dir, game, run, number)]
-    files = max(layouts, key=lambda files: sum(file.is_file() for file in files))
+    files = next((files for files in layouts if any(file.is_file() for file in files)), layouts[0])
     if missing := [str(file) for file in files if not file.is_file()]:
         raise SystemExit(f"Missing {', '.join(missing)}: download it, or ask for games, runs and checkpoints you have.")
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -217,13 +218,15 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
     if path.exists():
         return path
-    frame, total = read_rows(files[0], "u", (84, 84), rows)
-    action, *totals = read_rows(files[1], "iu", (), rows)
-    (reward, n), (terminal, m) = read_rows(files[2], "fiu", ()), read_rows(files[3], "biu", ())
+    frame, total = read_rows(files[0], ("u1",), (84, 84), rows)
+    action, *totals = read_rows(files[1], ("i", "u"), (), rows)
+    (reward, n), (terminal, m) = read_rows(files[2], ("f", "i"), ()), read_rows(files[3], ("u", "i", "b"), ())
     if {total} != {*totals, n, m}:
         raise SystemExit(f"{files[0]} and its action, reward and terminal files differ in length. Download them again.")
-    if rows > total - 1:  # a file's last row may be stale: it is never used
-        raise SystemExit(f"{files[0]} has only {max(total - 1, 0)} usable rows, not {rows}: ask for fewer.")
+    if not 0 < rows < total:  # a file's last row may be stale: it is never used
+        raise SystemExit(
+            f"{files[0]} has {max(total - 1, 0)} usable rows, {rows} cannot be read: ask for other numbers."
+        )
     if action.min() < 0 or action.max() > 17:
         raise SystemExit(f"{files[1]} has actions from {action.min()} to {action.max()}, outside 0 to 17.")
     reward, terminal = np.sign(np.nan_to_num(reward[:-1].astype(np.float32))), terminal[:-1] != 0
@@ -242,7 +245,7 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     for name, column in zip(FIELDS.names[1:], (action, reward, terminal, return_to_go), strict=True):
         shard["fields"][name][HISTORY:] = column[real]
     shard["fields"]["starts"][1:] = shard["fields"]["terminal"][:-1]
-    shard["fields"]["starts"][HISTORY] = not real[0]
+    shard["fields"]["starts"][HISTORY : HISTORY + 1] = not real[0]
     with replacing(path) as file:
         np.save(file, shard[HISTORY:] if real[0] else shard, allow_pickle=False)
     return path
@@ -284,6 +287,8 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
         process_map(partial(play_game, data_dir, rows), games, desc="playing", chunksize=1, leave=False)
+    if not (runs and checkpoints):
+        raise SystemExit("--runs and --checkpoints must name at least one each.")
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
     paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", chunksize=1, leave=False)
@@ -338,8 +343,10 @@ class Windows(Dataset):
         self.ends = counts.cumsum()
         self.offset = first + counts - self.ends  # window i of all is at row i + offset[shard]
         self.size = int(self.ends[-1])
-        if part == "train" and self.size < batch_size:
-            raise SystemExit(f"There are only {self.size} samples for a --batch-size of {batch_size}: lower it.")
+        if self.size < (least := batch_size if part == "train" else WORLD_SIZE):
+            raise SystemExit(
+                f"Only {self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size."
+            )
         self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
         self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
 
@@ -590,7 +597,7 @@ def finetune(args: Args) -> None:
         return
 
     # The game's data, the policy and its optimizer.
-    shards = prepare(args, (game,), args.num_transitions // (len(args.runs) * len(args.checkpoints)))
+    shards = prepare(args, (game,), args.num_transitions // max(len(args.runs) * len(args.checkpoints), 1))
     num_actions = int(AtariVectorEnv(game, 1).single_action_space.n)
     for _, path in shards:
         if (most := open_shard(path)["fields"]["action"].max()) >= num_actions:

@@ -1,7 +1,7 @@
 """Keeps the `[shared]` sections of the scripts byte-identical.
 
     python tests/sync.py pretrain_atc.py    copies that script's shared sections over the same ones of all others
-    python tests/sync.py --check            names the first difference (file, section, line), exit code 1 if there is one
+    python tests/sync.py --check            names the first difference (file, section, line); exit code 1
 
 A section goes from its banner, a line `# === name [shared] ===`, to the next banner.
 """

@@ -39,7 +39,9 @@ def check(numbers: dict, parts: dict[str, nn.Module], loss: torch.Tensor) -> Non
         assert norm == pytest.approx(float(numbers[f"grad_norm_{name}"]), rel=1e-4), name
 
 
-def check_features(numbers: dict, backbone: nn.Module, neck: nn.Module, obs: torch.Tensor, game_id: torch.Tensor) -> None:
+def check_features(
+    numbers: dict, backbone: nn.Module, neck: nn.Module, obs: torch.Tensor, game_id: torch.Tensor
+) -> None:
     with torch.no_grad():
         maps = backbone(obs)
         x = neck(maps, game_id)

@@ -3,6 +3,7 @@
 Every value is a function of a name alone, so any implementation that gives its parameters
 the canonical names can fill itself with the same numbers and compare what comes out.
 """
+
 import zlib
 
 import numpy as np
@@ -36,17 +37,20 @@ def make_batch(salt: str, n: int = 4, t: int = 1, two_futures: bool = False) -> 
     the first being the nearer one), action, reward, rtg, game_id [n, t], done [n, t]."""
     rng = _rng(f"{salt}batch/{n}/{t}/{int(two_futures)}")
     base = rng.integers(0, 256, (n, 1, 1, 12, 12), dtype=np.uint8).repeat(7, 3).repeat(7, 4)  # blocks, like sprites
+
     def frames(lead):
         noise = rng.integers(0, 64, (n, t, *lead, 84, 84), dtype=np.uint8)
         b = base.reshape(n, 1, *([1] * len(lead)), 84, 84)
         return (b // 2 + noise).astype(np.uint8)
+
     obs = frames((4,))
     next_obs = frames((2, 4)) if two_futures else frames((4,))
     done = np.zeros((n, t), dtype=np.uint8)
     if t == 1:
         done[n - 1, 0] = 1  # the last sample's future lies past an episode's end
     return {
-        "obs": obs, "next_obs": next_obs,
+        "obs": obs,
+        "next_obs": next_obs,
         "action": rng.integers(0, 18, (n, t)).astype(np.int64),
         "reward": rng.integers(-1, 2, (n, t)).astype(np.float32),
         "rtg": rng.normal(0, 3, (n, t)).astype(np.float32),
