@@ -486,7 +486,7 @@ def test_fewer_samples_than_processes_are_an_error(atc, monkeypatch, tmp_path, d
 
 def test_batch_larger_than_the_samples_is_an_error(tmp_path, data):
     message = script_error(tmp_path, "--batch-size", "64")
-    assert "--batch-size of 64" in message
+    assert "fewer than 64" in message
 
 
 def test_unknown_game_is_an_error(tmp_path):

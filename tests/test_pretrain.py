@@ -211,7 +211,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         (["--save-every", "0"], 1, "--save-every must be at least 1"),
         (["--width-multiplier", "0.01"], 1, "--width-multiplier"),
         (["--games", "pongg"], 1, "Unknown game 'pongg'"),
-        (["--batch-size", "5000"], 1, "lower it"),
+        (["--batch-size", "5000"], 1, "lower --batch-size"),
         (["--data-dir", "nowhere"], 1, "nowhere/Pong"),
     ],
 )
