@@ -30,7 +30,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,16 +111,19 @@ def normalize(game: str, score: float) -> float:
 
 # === files [shared] ===================================================================================================
 @contextmanager
-def replacing(path: Path):
+def atomic_write(path: Path):
     """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be written ({error!r}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # === reading ==========================================================================================================
@@ -359,15 +362,12 @@ def report(args: Args) -> None:
 
     title = "# DQN-normalised scores with 95% stratified bootstrap intervals"
     content = {"results": results, "metadata": {"resamples": args.resamples, "seed": args.seed, "splits": facts}}
-    try:
-        with replacing(args.output_dir / "iqm.md") as file:
-            file.write(f"{title}\n\n![IQM](iqm.png)\n\n{text}".encode())
-        with replacing(args.output_dir / "iqm.json") as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False).encode())
-        with replacing(args.output_dir / "iqm.png") as file:
-            draw(results, facts).savefig(file, format="png", dpi=150)
-    except OSError as error:
-        raise SystemExit(f"{args.output_dir} cannot be written to ({error}). Choose another --output-dir.") from error
+    with atomic_write(args.output_dir / "iqm.md") as file:
+        file.write(f"{title}\n\n![IQM](iqm.png)\n\n{text}".encode())
+    with atomic_write(args.output_dir / "iqm.json") as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+    with atomic_write(args.output_dir / "iqm.png") as file:
+        draw(results, facts).savefig(file, format="png", dpi=150)
     print(f"{text}Written to {args.output_dir}: iqm.md, iqm.json, iqm.png")
 
 

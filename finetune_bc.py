@@ -27,13 +27,13 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import ale_py
@@ -147,16 +147,19 @@ def normalize(game: str, score: float) -> float:
 
 # === files [shared] ===================================================================================================
 @contextmanager
-def replacing(path: Path):
+def atomic_write(path: Path):
     """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be written ({error!r}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # === data [shared] ====================================================================================================
@@ -172,12 +175,12 @@ ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a pr
 
 
 @contextmanager
-def reading(path: Path, advice: str):
-    """Turns what goes wrong when a file is read into one line that names it and says what to do."""
+def clear_errors(name: Path | str, advice: str):
+    """Turns whatever goes wrong with what has that name, a file, into one line that names it and says what to do."""
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error, UnpicklingError) as error:
-        raise SystemExit(f"{path} cannot be used ({error}). {advice}") from error
+    except Exception as error:
+        raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
 
 
 def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
@@ -190,9 +193,9 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
 def read_rows(path: Path, kinds: tuple, shape: tuple, rows: int | None = None) -> tuple[np.ndarray, int]:
     """The first `rows` (None: all) rows of a gzipped .npy, decompressing no more than those, and how many it holds.
 
-    `kinds` are what the dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
+    `kinds` are what a dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
     """
-    with reading(path, "If it is damaged, download it again."), gzip.open(path) as file:
+    with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
         (total, *row_shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
         if tuple(row_shape) != shape or column_major or not dtype.str[1:].startswith(kinds):
@@ -214,19 +217,18 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     if missing := [str(file) for file in files if not file.is_file()]:
         raise SystemExit(f"Missing {', '.join(missing)}: download it, or ask for games, runs and checkpoints you have.")
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = zlib.crc32(repr((state, rows, ROW)).encode())  # changed files have another name
+    key = zlib.crc32(repr(("shard/1", state, rows)).encode())  # of changed files, another
     path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
     if path.exists():
         return path
     frame, total = read_rows(files[0], ("u1",), (84, 84), rows)
-    action, *totals = read_rows(files[1], ("i", "u"), (), rows)
-    (reward, n), (terminal, m) = read_rows(files[2], ("f", "i"), ()), read_rows(files[3], ("u", "i", "b"), ())
-    if {total} != {*totals, n, m}:
+    action, total_action = read_rows(files[1], ("i", "u"), (), rows)
+    reward, total_reward = read_rows(files[2], ("f", "i"), ())
+    terminal, total_terminal = read_rows(files[3], ("u", "i", "b"), ())
+    if not total == total_action == total_reward == total_terminal:
         raise SystemExit(f"{files[0]} and its action, reward and terminal files differ in length. Download them again.")
     if not 0 < rows < total:  # a file's last row may be stale: it is never used
-        raise SystemExit(
-            f"{files[0]} has {max(total - 1, 0)} usable rows, {rows} cannot be read: ask for other numbers."
-        )
+        raise SystemExit(f"{files[0]} has {max(total - 1, 0)} usable rows, not {rows}: choose another number.")
     if action.min() < 0 or action.max() > 17:
         raise SystemExit(f"{files[1]} has actions from {action.min()} to {action.max()}, outside 0 to 17.")
     reward, terminal = np.sign(np.nan_to_num(reward[:-1].astype(np.float32))), terminal[:-1] != 0
@@ -246,7 +248,7 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
         shard["fields"][name][HISTORY:] = column[real]
     shard["fields"]["starts"][1:] = shard["fields"]["terminal"][:-1]
     shard["fields"]["starts"][HISTORY : HISTORY + 1] = not real[0]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.save(file, shard[HISTORY:] if real[0] else shard, allow_pickle=False)
     return path
 
@@ -275,49 +277,31 @@ def play_game(data_dir: Path, num_rows: int, game: str) -> None:
         done = terminated[0] or truncated[0]
         rows.append((frame, action, reward[0], done))
     for path, dtype, column in zip(files, REPLAY.values(), zip(*rows, strict=True), strict=True):
-        with replacing(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
+        with atomic_write(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
             np.save(stream, np.array(column, dtype), allow_pickle=False)
 
 
 def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
     """(game_id, path) of every shard of games, args.runs and args.checkpoints; without args.data_dir, of own play."""
     data_dir, runs, checkpoints = args.data_dir, args.runs, args.checkpoints
+    pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        process_map(partial(play_game, data_dir, rows), games, desc="playing", chunksize=1, leave=False)
-    if not (runs and checkpoints):
-        raise SystemExit("--runs and --checkpoints must name at least one each.")
+        process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
+    if len(set(jobs)) < max(len(jobs), 1):
+        raise SystemExit("--runs and --checkpoints must name at least one each, and each once.")
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", chunksize=1, leave=False)
+    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
     return list(zip(game_ids, paths, strict=True))
 
 
 def open_shard(path: Path) -> np.ndarray:
-    with reading(path, "Delete it: it will be prepared again."):
+    with clear_errors(path, "Delete it: it will be prepared again."):
         return np.load(path, mmap_mode="r", allow_pickle=False).view(ROW, np.ndarray)  # np.memmap is slow to slice
-
-
-def permuted(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
-    """Where the pseudo-random permutation of range(n) that `key` names sends `index` [m], without a list of n.
-
-    A 4-round Feistel network permutes the next even power of two; what leaves range(n) goes round again.
-    """
-    bits = ((n - 1).bit_length() + 1) // 2
-    keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
-    index, todo = index.astype(np.uint64), np.full(len(index), True)
-    while todo.any():
-        left, right = index[todo] >> bits, index[todo] & (2**bits - 1)
-        for round_key in keys:
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ mixed >> 29) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ mixed >> (64 - bits)
-        index[todo] = left << bits | right
-        todo = index >= n
-    return index.astype(np.int64)
 
 
 class Windows(Dataset):
@@ -331,9 +315,9 @@ class Windows(Dataset):
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
         game_ids, self.paths = zip(*shards, strict=True)
         self.game_ids, self.length, self.seed = np.array(game_ids), length, seed
-        self.shards = None  # memory maps, opened by each process for itself
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # the benchmark's 1,000 shards exceed the usual one
+        self.shards = self.epoch = None  # memory maps, and the epoch whose order is held; each process has its own
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))  # 1,000 shards are open at once
         windows = np.array([len(open_shard(path)) for path in self.paths]) - length + 1
         held_out = np.ceil(windows * 0.01).astype(int)
         counts = {"train": windows - held_out - length + 1, "held_out": held_out, "all": windows}[part]
@@ -344,9 +328,7 @@ class Windows(Dataset):
         self.offset = first + counts - self.ends  # window i of all is at row i + offset[shard]
         self.size = int(self.ends[-1])
         if self.size < (least := batch_size if part == "train" else WORLD_SIZE):
-            raise SystemExit(
-                f"Only {self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size."
-            )
+            raise SystemExit(f"{self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size.")
         self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
         self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
 
@@ -354,8 +336,11 @@ class Windows(Dataset):
         if self.shards is None:
             self.shards = [open_shard(path) for path in self.paths]
         epoch, batch = divmod(i, self.batches)
-        places = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.size))
-        window = permuted(np.array_split(places, WORLD_SIZE)[RANK], self.size, [self.seed, epoch])
+        if epoch != self.epoch:  # half a second and 40 MB for the benchmark's 10M windows
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(np.arange(self.size, dtype=np.uint32))
+        windows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size].astype(np.int64)
+        window = np.array_split(windows, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
         frames = np.empty((len(window), self.length, 84, 84), np.uint8)
         fields = np.empty((len(window), self.length), FIELDS)
@@ -364,6 +349,12 @@ class Windows(Dataset):
             frames[j], fields[j] = rows["frame"], rows["fields"]
         others = {name: fields[name].copy() for name in FIELDS.names}
         return {"frames": frames, "game_id": self.game_ids[shard]} | others
+
+
+def ignore_signals(worker: int) -> None:
+    """For a DataLoader's workers: the training process is the one that stops, and stops them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
@@ -378,10 +369,7 @@ def stack_frames(frames: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 
 
 def own_part(drawn: torch.Tensor) -> torch.Tensor:
-    """This process's part [b, ...] of random numbers drawn for the global batch [WORLD_SIZE * b, ...].
-
-    All processes draw the same, each for everyone: then several compute what one would.
-    """
+    """This process's part [b, ...] of what all draw alike [WORLD_SIZE * b, ...]: several compute what one would."""
     return drawn.chunk(WORLD_SIZE)[RANK]
 
 
@@ -427,9 +415,9 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        channels = width = round(64 * width_multiplier)
-        if width < 4 or width % 4 or min(blocks) < 1:
-            raise SystemExit("64 x --width-multiplier must be a multiple of 4, and all of --blocks at least 1.")
+        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
             stage = nn.Sequential()
@@ -447,10 +435,7 @@ class ResNet(nn.Module):
 
 # === neck and head [shared] ===========================================================================================
 class Neck(nn.Module):
-    """Feature maps, weighted by the game's learned spatial embedding and averaged, through an MLP.
-
-    [b, c, 6, 6], game_id [b] -> [b, 512]
-    """
+    """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
     def __init__(self, channels: int, games: int):
         super().__init__()
@@ -472,13 +457,22 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        # Every sample through every game's matrix costs well under 1% of the ResNet, while a matrix gathered for each
-        # sample would take 512 MB for a batch of 512.
-        every = x @ self.weight  # [games, b, a]
+        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
         return every[game_id, torch.arange(len(x), device=x.device)] + self.bias[game_id]
 
 
-# === precision and schedule [shared] ==================================================================================
+# === device and schedule [shared] =====================================================================================
+def find_device(name: str) -> torch.device:
+    """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
+    with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if WORLD_SIZE > 1 else device.index or 0)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    return device
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -497,14 +491,14 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 # === pre-trained backbone [shared] ====================================================================================
 def load_backbone(backbone: nn.Module, path: Path) -> str:
     """Loads the backbone of our checkpoint or of the original authors' .pth; returns the name of its objective."""
-    with reading(path, "It must be a checkpoint of a pretrain_*.py run or a .pth of the Atari-PB authors."):
+    with clear_errors(path, "It must be a checkpoint of a pretrain_*.py run or a .pth of the Atari-PB authors."):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {}
         for name, value in content["backbone"].items():
             name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
             if not name.startswith("stem."):  # the authors' files hold the first convolution twice
                 state[name] = value
-    shapes, expected = ({name: tuple(x.shape) for name, x in d.items()} for d in (state, backbone.state_dict()))
+        shapes, expected = ({name: tuple(x.shape) for name, x in d.items()} for d in (state, backbone.state_dict()))
     if shapes != expected:
         name = min(dict(shapes.items() ^ expected.items()))
         found = f"{name} is {shapes.get(name)}, not {expected.get(name)}"
@@ -514,8 +508,8 @@ def load_backbone(backbone: nn.Module, path: Path) -> str:
 
 
 # === evaluation [shared] ==============================================================================================
-def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float, seed: int):
-    """Raw scores [episodes] of complete episodes, and the first one's frames, a list of uint8 [84, 84].
+def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float, seed: int, record: bool = False):
+    """Raw scores [episodes] of complete episodes; to record, the first one's frames too, a list of uint8 [84, 84].
 
     One environment for each episode, so that each counts once however long it is: no sticky actions, up to 30 no-ops
     at the start, all lives. `act` maps stacks, uint8 [n, 4, 84, 84], to actions [n]; with probability epsilon an action
@@ -526,11 +520,11 @@ def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float,
     env = AtariVectorEnv(game, episodes, **options)
     rng = np.random.default_rng(seed)
     stacks, _ = env.reset(seed=int(rng.integers(2**30)))  # [episodes, 4, 84, 84]
-    scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
+    scores, running, frames, step = np.zeros(episodes), np.full(episodes, True), [], 0
     with tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False) as bar:
         while running.any():
-            bar.set_postfix_str(f"step {len(frames)}", refresh=False)
-            if running[0]:
+            bar.set_postfix_str(f"step {(step := step + 1)}", refresh=False)
+            if running[0] and record:
                 frames.append(stacks[0, -1].copy())
             actions = rng.integers(env.single_action_space.n, size=episodes)
             greedy = running & (rng.random(episodes) >= epsilon)
@@ -547,7 +541,7 @@ def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float,
 def save_gif(path: Path, frames: list[np.ndarray]) -> None:
     """At the game's speed, 15 frames a second, three times as large."""
     images = [Image.fromarray(frame).resize((252, 252), Image.Resampling.NEAREST) for frame in frames]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)
 
 
@@ -560,11 +554,14 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {"normalized_score": normalize(game, scores.mean()), "checkpoint": args["checkpoint"], "args": args}
     modules = {"torch": torch, "numpy": np, "ale_py": ale_py}
     result["versions"] = {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(result, indent=2).encode())
 
 
 # === fine-tuning ======================================================================================================
+FREE_ARGS = "data_dir cache_dir num_workers device compile results overwrite log_every video".split()  # may change
+
+
 class Policy(nn.Module):
     """Stacks [b, 4, 84, 84] in [0, 1] -> logits [b, 18], of which a game uses the first"""
 
@@ -580,11 +577,18 @@ class Policy(nn.Module):
 
 
 def finetune(args: Args) -> None:
-    positive = "epochs batch_size num_transitions play_rows eval_episodes max_episode_steps log_every"
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
-    game, device = parse_game(args.game), torch.device(args.device)
+    if WORLD_SIZE > 1:
+        raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
+    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm epsilon".split()
+    at_least_1 = "epochs batch_size num_transitions play_rows eval_episodes max_episode_steps log_every".split()
+    for name in at_least_0 + at_least_1:
+        if not getattr(args, name) >= (name in at_least_1):  # which NaN is not, either
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}.")
+    if not all(0 <= beta < 1 for beta in args.betas) or args.epsilon > 1:
+        raise SystemExit("--betas must be at least 0 and below 1, --epsilon at most 1.")
+    if args.method != Path(args.method).name or args.method == "..":
+        raise SystemExit(f"--method must be the plain name of a folder, not {args.method}.")
+    game, device = parse_game(args.game), find_device(args.device)
     torch.manual_seed(args.seed)
     backbone = ResNet(args.width_multiplier, args.blocks)
     method = "random" if args.freeze_backbone else "e2e"
@@ -592,13 +596,21 @@ def finetune(args: Args) -> None:
         method = load_backbone(backbone, args.checkpoint) + ("" if args.freeze_backbone else "_e2e")
     method = args.method or method
     result = args.results / "bc" / method / game / f"seed{args.seed}.json"
+    plain_args = json.loads(json.dumps(asdict(args), default=str))
     if result.exists() and not args.overwrite:
+        with clear_errors(result, "To make it again: --overwrite"):
+            then = json.loads(result.read_text())["args"]
+        changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
+        if changed:
+            raise SystemExit(f"{result} was made with {changed}. Choose another --method or --results, or --overwrite.")
         print(f"{result} is there already. To make it again: --overwrite")
         return
 
     # The game's data, the policy and its optimizer.
     shards = prepare(args, (game,), args.num_transitions // max(len(args.runs) * len(args.checkpoints), 1))
-    num_actions = int(AtariVectorEnv(game, 1).single_action_space.n)
+    env = AtariVectorEnv(game, 1)
+    num_actions = int(env.single_action_space.n)
+    env.close()
     for _, path in shards:
         if (most := open_shard(path)["fields"]["action"].max()) >= num_actions:
             raise SystemExit(f"{path} has action {most}, but {game} only {num_actions} actions: another game's data?")
@@ -614,15 +626,13 @@ def finetune(args: Args) -> None:
     run_dir = Path("runs") / f"{Path(__file__).stem}__{method}__{game}__{args.seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
     writer = SummaryWriter(run_dir)
-    plain_args = json.loads(json.dumps(asdict(args), default=str))
-    table = [f"|{name}|{value}|" for name, value in plain_args.items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *table]))
+    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
     print(f"{game}: {method}, seed {args.seed}, on {data.size:,} transitions; run: {run_dir}", flush=True)
 
     steps = range(args.epochs * data.batches)
-    loader = DataLoader(
-        data, sampler=steps, batch_size=None, num_workers=args.num_workers, pin_memory=device.type == "cuda"
-    )
+    options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    loader = DataLoader(data, batch_size=None, sampler=steps, generator=torch.Generator(), **options)
     bar = tqdm(zip(steps, loader, strict=True), "fine-tuning", len(steps), unit="step", leave=False)
     recent, clock, images = [], time.perf_counter(), 0
     for step, batch in bar:
@@ -645,7 +655,8 @@ def finetune(args: Args) -> None:
             continue  # without waiting for the device
         values = torch.stack(recent).mean(0).tolist()
         if not all(math.isfinite(value) for value in values):
-            raise SystemExit(f"Loss or gradient is not finite before step {step + 1}: lower --learning-rate?")
+            bar.close()
+            raise SystemExit(f"Loss or gradient norm is not finite before step {step + 1}: lower --learning-rate?")
         scalars = dict(zip(("losses/loss", "losses/grad_norm", "losses/accuracy"), values, strict=True))
         scalars |= {"charts/learning_rate": lr, "charts/images_per_second": images / (time.perf_counter() - clock)}
         for name, value in scalars.items():
@@ -660,9 +671,10 @@ def finetune(args: Args) -> None:
         return logits[:, :num_actions].argmax(1).cpu().numpy()
 
     parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
-    with replacing(run_dir / "policy.pt") as file:
+    with atomic_write(run_dir / "policy.pt") as file:
         torch.save({part: getattr(policy, part).state_dict() for part in parts}, file)
-    scores, frames = play_episodes(game, act, args.eval_episodes, args.max_episode_steps, args.epsilon, args.seed)
+    evaluation = (args.eval_episodes, args.max_episode_steps, args.epsilon, args.seed, args.video)
+    scores, frames = play_episodes(game, act, *evaluation)
     if args.video:
         save_gif(run_dir / "episode.gif", frames)
     save_result(result, game, scores, plain_args)

@@ -30,12 +30,11 @@ import shutil
 import signal
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import ale_py
@@ -113,16 +112,19 @@ def parse_game(name: str) -> str:
 
 # === files [shared] ===================================================================================================
 @contextmanager
-def replacing(path: Path):
+def atomic_write(path: Path):
     """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be written ({error!r}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # === data [shared] ====================================================================================================
@@ -138,12 +140,12 @@ ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a pr
 
 
 @contextmanager
-def reading(path: Path, advice: str):
-    """Turns what goes wrong when a file is read into one line that names it and says what to do."""
+def clear_errors(name: Path | str, advice: str):
+    """Turns whatever goes wrong with what has that name, a file, into one line that names it and says what to do."""
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error, UnpicklingError) as error:
-        raise SystemExit(f"{path} cannot be used ({error}). {advice}") from error
+    except Exception as error:
+        raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
 
 
 def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
@@ -156,9 +158,9 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
 def read_rows(path: Path, kinds: tuple, shape: tuple, rows: int | None = None) -> tuple[np.ndarray, int]:
     """The first `rows` (None: all) rows of a gzipped .npy, decompressing no more than those, and how many it holds.
 
-    `kinds` are what the dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
+    `kinds` are what a dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
     """
-    with reading(path, "If it is damaged, download it again."), gzip.open(path) as file:
+    with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
         (total, *row_shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
         if tuple(row_shape) != shape or column_major or not dtype.str[1:].startswith(kinds):
@@ -180,19 +182,18 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     if missing := [str(file) for file in files if not file.is_file()]:
         raise SystemExit(f"Missing {', '.join(missing)}: download it, or ask for games, runs and checkpoints you have.")
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = zlib.crc32(repr((state, rows, ROW)).encode())  # changed files have another name
+    key = zlib.crc32(repr(("shard/1", state, rows)).encode())  # of changed files, another
     path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
     if path.exists():
         return path
     frame, total = read_rows(files[0], ("u1",), (84, 84), rows)
-    action, *totals = read_rows(files[1], ("i", "u"), (), rows)
-    (reward, n), (terminal, m) = read_rows(files[2], ("f", "i"), ()), read_rows(files[3], ("u", "i", "b"), ())
-    if {total} != {*totals, n, m}:
+    action, total_action = read_rows(files[1], ("i", "u"), (), rows)
+    reward, total_reward = read_rows(files[2], ("f", "i"), ())
+    terminal, total_terminal = read_rows(files[3], ("u", "i", "b"), ())
+    if not total == total_action == total_reward == total_terminal:
         raise SystemExit(f"{files[0]} and its action, reward and terminal files differ in length. Download them again.")
     if not 0 < rows < total:  # a file's last row may be stale: it is never used
-        raise SystemExit(
-            f"{files[0]} has {max(total - 1, 0)} usable rows, {rows} cannot be read: ask for other numbers."
-        )
+        raise SystemExit(f"{files[0]} has {max(total - 1, 0)} usable rows, not {rows}: choose another number.")
     if action.min() < 0 or action.max() > 17:
         raise SystemExit(f"{files[1]} has actions from {action.min()} to {action.max()}, outside 0 to 17.")
     reward, terminal = np.sign(np.nan_to_num(reward[:-1].astype(np.float32))), terminal[:-1] != 0
@@ -212,7 +213,7 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
         shard["fields"][name][HISTORY:] = column[real]
     shard["fields"]["starts"][1:] = shard["fields"]["terminal"][:-1]
     shard["fields"]["starts"][HISTORY : HISTORY + 1] = not real[0]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.save(file, shard[HISTORY:] if real[0] else shard, allow_pickle=False)
     return path
 
@@ -241,49 +242,31 @@ def play_game(data_dir: Path, num_rows: int, game: str) -> None:
         done = terminated[0] or truncated[0]
         rows.append((frame, action, reward[0], done))
     for path, dtype, column in zip(files, REPLAY.values(), zip(*rows, strict=True), strict=True):
-        with replacing(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
+        with atomic_write(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
             np.save(stream, np.array(column, dtype), allow_pickle=False)
 
 
 def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
     """(game_id, path) of every shard of games, args.runs and args.checkpoints; without args.data_dir, of own play."""
     data_dir, runs, checkpoints = args.data_dir, args.runs, args.checkpoints
+    pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        process_map(partial(play_game, data_dir, rows), games, desc="playing", chunksize=1, leave=False)
-    if not (runs and checkpoints):
-        raise SystemExit("--runs and --checkpoints must name at least one each.")
+        process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
+    if len(set(jobs)) < max(len(jobs), 1):
+        raise SystemExit("--runs and --checkpoints must name at least one each, and each once.")
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", chunksize=1, leave=False)
+    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
     return list(zip(game_ids, paths, strict=True))
 
 
 def open_shard(path: Path) -> np.ndarray:
-    with reading(path, "Delete it: it will be prepared again."):
+    with clear_errors(path, "Delete it: it will be prepared again."):
         return np.load(path, mmap_mode="r", allow_pickle=False).view(ROW, np.ndarray)  # np.memmap is slow to slice
-
-
-def permuted(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
-    """Where the pseudo-random permutation of range(n) that `key` names sends `index` [m], without a list of n.
-
-    A 4-round Feistel network permutes the next even power of two; what leaves range(n) goes round again.
-    """
-    bits = ((n - 1).bit_length() + 1) // 2
-    keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
-    index, todo = index.astype(np.uint64), np.full(len(index), True)
-    while todo.any():
-        left, right = index[todo] >> bits, index[todo] & (2**bits - 1)
-        for round_key in keys:
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ mixed >> 29) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ mixed >> (64 - bits)
-        index[todo] = left << bits | right
-        todo = index >= n
-    return index.astype(np.int64)
 
 
 class Windows(Dataset):
@@ -297,9 +280,9 @@ class Windows(Dataset):
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
         game_ids, self.paths = zip(*shards, strict=True)
         self.game_ids, self.length, self.seed = np.array(game_ids), length, seed
-        self.shards = None  # memory maps, opened by each process for itself
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # the benchmark's 1,000 shards exceed the usual one
+        self.shards = self.epoch = None  # memory maps, and the epoch whose order is held; each process has its own
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))  # 1,000 shards are open at once
         windows = np.array([len(open_shard(path)) for path in self.paths]) - length + 1
         held_out = np.ceil(windows * 0.01).astype(int)
         counts = {"train": windows - held_out - length + 1, "held_out": held_out, "all": windows}[part]
@@ -310,9 +293,7 @@ class Windows(Dataset):
         self.offset = first + counts - self.ends  # window i of all is at row i + offset[shard]
         self.size = int(self.ends[-1])
         if self.size < (least := batch_size if part == "train" else WORLD_SIZE):
-            raise SystemExit(
-                f"Only {self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size."
-            )
+            raise SystemExit(f"{self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size.")
         self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
         self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
 
@@ -320,8 +301,11 @@ class Windows(Dataset):
         if self.shards is None:
             self.shards = [open_shard(path) for path in self.paths]
         epoch, batch = divmod(i, self.batches)
-        places = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.size))
-        window = permuted(np.array_split(places, WORLD_SIZE)[RANK], self.size, [self.seed, epoch])
+        if epoch != self.epoch:  # half a second and 40 MB for the benchmark's 10M windows
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(np.arange(self.size, dtype=np.uint32))
+        windows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size].astype(np.int64)
+        window = np.array_split(windows, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
         frames = np.empty((len(window), self.length, 84, 84), np.uint8)
         fields = np.empty((len(window), self.length), FIELDS)
@@ -330,6 +314,12 @@ class Windows(Dataset):
             frames[j], fields[j] = rows["frame"], rows["fields"]
         others = {name: fields[name].copy() for name in FIELDS.names}
         return {"frames": frames, "game_id": self.game_ids[shard]} | others
+
+
+def ignore_signals(worker: int) -> None:
+    """For a DataLoader's workers: the training process is the one that stops, and stops them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
@@ -344,10 +334,7 @@ def stack_frames(frames: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 
 
 def own_part(drawn: torch.Tensor) -> torch.Tensor:
-    """This process's part [b, ...] of random numbers drawn for the global batch [WORLD_SIZE * b, ...].
-
-    All processes draw the same, each for everyone: then several compute what one would.
-    """
+    """This process's part [b, ...] of what all draw alike [WORLD_SIZE * b, ...]: several compute what one would."""
     return drawn.chunk(WORLD_SIZE)[RANK]
 
 
@@ -393,9 +380,9 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        channels = width = round(64 * width_multiplier)
-        if width < 4 or width % 4 or min(blocks) < 1:
-            raise SystemExit("64 x --width-multiplier must be a multiple of 4, and all of --blocks at least 1.")
+        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
             stage = nn.Sequential()
@@ -413,10 +400,7 @@ class ResNet(nn.Module):
 
 # === neck and head [shared] ===========================================================================================
 class Neck(nn.Module):
-    """Feature maps, weighted by the game's learned spatial embedding and averaged, through an MLP.
-
-    [b, c, 6, 6], game_id [b] -> [b, 512]
-    """
+    """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
     def __init__(self, channels: int, games: int):
         super().__init__()
@@ -438,13 +422,22 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        # Every sample through every game's matrix costs well under 1% of the ResNet, while a matrix gathered for each
-        # sample would take 512 MB for a batch of 512.
-        every = x @ self.weight  # [games, b, a]
+        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
         return every[game_id, torch.arange(len(x), device=x.device)] + self.bias[game_id]
 
 
-# === precision and schedule [shared] ==================================================================================
+# === device and schedule [shared] =====================================================================================
+def find_device(name: str) -> torch.device:
+    """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
+    with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if WORLD_SIZE > 1 else device.index or 0)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    return device
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -462,10 +455,7 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 
 # === contrast over all processes [shared] =============================================================================
 def mean_over(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """This process's share in the mean of the `values` [b] to keep, of all processes.
-
-    The shares average to the mean, so DDP, which averages gradients, finds those of one process on the whole batch.
-    """
+    """This process's share in the mean of the `values` [b] to keep, of all processes: DDP averages their gradients."""
     count = keep.sum().float()
     if WORLD_SIZE > 1:
         dist.all_reduce(count)
@@ -492,6 +482,8 @@ def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, tempera
 class ATC(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
+        if args.future_offset < 0 or not args.temperature > 0:
+            raise SystemExit("--future-offset must be at least 0 and --temperature above 0.")
         self.args = args
         self.length = HISTORY + 1 + args.future_offset  # rows of a sample
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
@@ -516,18 +508,19 @@ class ATC(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> dict[str, float]:
-        """theta' = tau theta' + (1 - tau) theta, with tau from 0.99 to 0.999 over the run. Returns what to log."""
+        """theta' = tau theta' + (1 - tau) theta, with tau from 0.99 to 0.999 over the run. Returns what to chart."""
         tau = 0.99 + 0.009 * step / self.args.total_steps
         online = [*self.backbone.parameters(), *self.neck.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
         return {"momentum": tau}
 
 
-Objective = ATC
+Objective = ATC  # what the training loop below builds
 
 
 # === checkpoints [shared] =============================================================================================
-FREE_ARGS = "data_dir cache_dir num_workers device compile run_name resume overwrite log_every save_every".split()
+FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume overwrite log_every eval_every eval_samples
+    save_every""".split()  # what may change when a run is resumed
 
 
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
@@ -535,23 +528,26 @@ def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
     content = {"format": "atari-pb/1", "objective": Path(__file__).stem.removeprefix("pretrain_"), "step": step}
     content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
     content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
-    content["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    with replacing(path) as file:
+    content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same
+    if torch.cuda.is_initialized():
+        content["rng"]["cuda"] = torch.cuda.get_rng_state()
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 
 def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, args: dict) -> int:
     """Restores what was saved; returns the steps done. Args must be as they were, apart from FREE_ARGS."""
-    with reading(path, "To start the run again: --overwrite"):
+    with clear_errors(path, "To start the run again: --overwrite"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    changed = {name: value for name, value in content["args"].items() if name not in FREE_ARGS and args[name] != value}
-    if changed:
-        raise SystemExit(f"{path} was trained with {changed}. Resume it with the same, or choose another --run-name.")
-    for name, part in objective.named_children():
-        part.load_state_dict(content[name])
-    optimizer.load_state_dict(content["optimizer"])
+        changed = {name: was for name, was in content["args"].items() if name not in FREE_ARGS and args[name] != was}
+        if changed:
+            raise SystemExit(f"{path} was trained with {changed}. Resume with the same, or choose another --run-name.")
+        for name, part in objective.named_children():
+            part.load_state_dict(content[name])
+        optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["rng"]["cpu"])
-    torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+    if "cuda" in content["rng"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(content["rng"]["cuda"])
     return content["step"]
 
 
@@ -574,7 +570,7 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        for i in range(min(math.ceil(samples / data.batch_size), data.batches)):
+        for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
     means = process_mean(torch.stack(results).mean(0)).tolist()
@@ -583,27 +579,29 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
 
 def train(args: Args) -> None:
     # What is to be done, and where it goes.
-    positive = "total_steps batch_size rows_per_checkpoint play_rows log_every eval_every eval_samples save_every"
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm eval_samples".split()
+    at_least_1 = "total_steps batch_size rows_per_checkpoint play_rows log_every eval_every save_every".split()
+    for name in at_least_0 + at_least_1:
+        if not getattr(args, name) >= (name in at_least_1):  # which NaN is not, either
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}.")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise SystemExit("--betas must be at least 0 and below 1.")
     if args.batch_size % WORLD_SIZE:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be shared among {WORLD_SIZE} processes.")
+    if args.run_name != Path(args.run_name).name or args.run_name == "..":
+        raise SystemExit(f"--run-name must be the plain name of a folder, not {args.run_name}.")
     args.games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES
     run_dir = Path("runs") / (args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
+    device = find_device(args.device)
     if RANK == 0 and args.overwrite:
         shutil.rmtree(run_dir, ignore_errors=True)
     if RANK == 0 and run_dir.exists() and not args.resume:
         raise SystemExit(f"{run_dir} exists. Continue it with --resume, or choose --overwrite or another --run-name.")
 
     # Processes and data. The first process of a machine prepares the data, the others then find it in the cache.
-    device = torch.device(args.device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or LOCAL_RANK)
-        torch.cuda.set_device(device)
     if LOCAL_RANK > 0:
         dist.barrier()
     shards = prepare(args, args.games, args.rows_per_checkpoint)
@@ -616,10 +614,11 @@ def train(args: Args) -> None:
     precision = autocast(device, args.precision)
     data = Windows(shards, objective.length, args.batch_size, args.seed, "train")
     held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
+    sample = {name: value[:1] for name, value in on_device(held_out[0], device).items()}
     with precision, FlopCounterMode(display=False) as counter:
-        objective({name: value[:2] for name, value in on_device(held_out[0], device).items()})[0].backward()
-    flops = counter.get_total_flops() / 2
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        objective(sample)[0].backward()
+    flops = counter.get_total_flops()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), math.nan) * WORLD_SIZE
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
@@ -629,24 +628,24 @@ def train(args: Args) -> None:
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     adam = dict(lr=args.learning_rate, betas=args.betas, eps=args.adam_eps, weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(parameters, **adam, fused=True)
-    plain_args, start = json.loads(json.dumps(asdict(args), default=str)), 0
+    plain_args, start = json.loads(json.dumps(asdict(args) | {"samples": data.size}, default=str)), 0
     torch.manual_seed(args.seed)
     if checkpoint.exists():
         start = load_checkpoint(checkpoint, objective, optimizer, plain_args)
     steps = range(start, args.total_steps)
-    workers = dict(num_workers=args.num_workers, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    workers |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # else it draws from the default one
-    batches = iter(DataLoader(data, sampler=steps, batch_size=None, **workers))
-    stop = []  # signals that ask for it
+    options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
+    batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
+    signals = []  # that ask to stop
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
 
     if RANK == 0:
-        with replacing(run_dir / "args.json") as file:
+        with atomic_write(run_dir / "args.json") as file:
             file.write(json.dumps(plain_args, indent=2).encode())
         writer = SummaryWriter(run_dir, purge_step=start + 1)
-        table = [f"|{name}|{value}|" for name, value in plain_args.items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *table]))
+        rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, dynamic_ncols=True)
     recent, clock = [], time.perf_counter()
@@ -666,11 +665,15 @@ def train(args: Args) -> None:
 
         done = step + 1
         last = done == args.total_steps
-        if not (last or stop) and all(done % every for every in (args.log_every, args.eval_every, args.save_every)):
+        alone_to_stop = len(signals) > 0 and WORLD_SIZE == 1
+        pauses = (args.log_every, args.eval_every, args.save_every)
+        if not (last or alone_to_stop) and all(done % every for every in pauses):
             continue  # without waiting for the device
-        values = process_mean(torch.stack(recent))  # [steps since the last time, scalars]
+        stop = process_mean(torch.tensor(float(len(signals)), device=device)) > 0  # all stop at the same step
+        values = process_mean(torch.stack(recent))  # [steps since the last pause, scalars]
         for i in (~values[:, :2].isfinite().all(1)).nonzero().flatten().tolist():
-            where = f"step {done - len(recent) + i}: loss {values[i, 0]:.4g}, gradient norm {values[i, 1]:.4g}"
+            bar.close()
+            where = f"step {done - len(recent) + i + 1}: loss {values[i, 0]:.4g}, gradient norm {values[i, 1]:.4g}"
             raise SystemExit(f"Stopped at {where}. The last checkpoint, if there is one, is good: {checkpoint}")
         rate = len(recent) * args.batch_size / (time.perf_counter() - clock)
         charts |= {"images_per_second": rate, "teraflops": rate * flops / 1e12, "mfu": rate * flops / peak_flops}
@@ -687,6 +690,7 @@ def train(args: Args) -> None:
             if last or stop or done % args.save_every == 0:
                 save_checkpoint(checkpoint, objective, optimizer, done, plain_args)
         if stop:
+            bar.close()
             raise SystemExit(f"Stopped by a signal after step {done}. To go on: --resume")
         recent, clock = [], time.perf_counter()
 

@@ -143,7 +143,13 @@ def atc():
 @pytest.fixture
 def in_order(atc, monkeypatch):
     """Windows come in the order of their rows."""
-    monkeypatch.setattr(atc, "permuted", lambda index, n, key: index)
+    begin = atc.Windows.__init__
+
+    def begin_in_order(self, *args):
+        begin(self, *args)
+        self.epoch, self.order = 0, np.arange(self.size, dtype=np.uint32)
+
+    monkeypatch.setattr(atc.Windows, "__init__", begin_in_order)
 
 
 @pytest.fixture(scope="session")
@@ -501,46 +507,6 @@ def test_damaged_shard_is_an_error(atc, tmp_path, data):
 
 
 # The order of samples.
-def test_permuted_is_a_permutation(atc):
-    sizes = [*range(1, 300), *(4**k + i for k in range(5, 8) for i in (-1, 0, 1)), 2**13, 3000, 77_777]
-    for n in sizes:
-        for key in ([0, 0], [n, 3]):
-            np.testing.assert_array_equal(np.sort(atc.permuted(np.arange(n), n, key)), np.arange(n))
-
-
-def test_permuted_goes_index_by_index(atc):
-    """A part of the indexes is sent where the whole sends them."""
-    whole, part = atc.permuted(np.arange(1000), 1000, [4, 2]), np.array([999, 3, 500])
-    np.testing.assert_array_equal(atc.permuted(part, 1000, [4, 2]), whole[part])
-    np.testing.assert_array_equal(part, [999, 3, 500])  # and is left as it was
-
-
-def test_permuted_depends_on_all_of_its_key(atc):
-    n, keys = 10_000, ([0, 0], [0, 1], [1, 0], [1, 1], [2, 0])
-    orders = [atc.permuted(np.arange(n), n, key) for key in keys]
-    for i, order in enumerate(orders):
-        for other in orders[:i]:
-            assert (order == other).sum() < 10  # 1 expected of independent ones
-
-
-@pytest.mark.parametrize("n", [65_536, 100_000, 262_000])
-def test_permuted_has_no_visible_structure(atc, n):
-    """Of statistics known for random permutations, none is 5 standard deviations off."""
-    index = np.arange(n)
-    for epoch in range(4):
-        order = atc.permuted(index, n, [7, epoch])
-        near = 5 / n**0.5
-        assert abs(np.corrcoef(index, order)[0, 1]) < near
-        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < near
-        assert abs(np.corrcoef(index % 2, order % 2)[0, 1]) < near
-        assert abs(np.abs(order - index).mean() / n - 1 / 3) < 0.24 * near  # of |U - V| the deviation is sqrt(1/18)
-        assert abs(np.abs(np.diff(order)).mean() / n - 1 / 3) < 0.5 * near
-        counts = np.histogram2d(index, order, 20)[0]  # [20, 20], 361 degrees of freedom
-        assert 361 - 5 * 27 < ((counts - n / 400) ** 2 / (n / 400)).sum() < 361 + 5 * 27
-        first = np.histogram(order[:5120], 20, (0, n))[0]  # a few batches, taken from everywhere
-        assert ((first - 256) ** 2 / 256).sum() < 19 + 5 * 6.2
-
-
 @pytest.fixture(scope="session")
 def numbered(cache, tmp_path_factory) -> list[tuple[int, Path]]:
     """Shards of real play of different lengths; return_to_go has the row's number, and 1,000 more for each shard."""

@@ -135,7 +135,7 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
         calls.append(stacks.copy())
         return pixel_sum(stacks, actions)
 
-    found, frames = bc.play_episodes(game, act, episodes, max_steps, 0, seed)
+    found, frames = bc.play_episodes(game, act, episodes, max_steps, 0, seed, record=True)
     assert found.tolist() == scores
     assert len(calls) == max(lengths)
     for step, stacks in enumerate(calls):  # asked of the running episodes alone
@@ -152,7 +152,7 @@ def test_play_stops_at_max_steps(bc):
         calls.append(len(stacks))
         return np.zeros(len(stacks), int)
 
-    scores, frames = bc.play_episodes("pong", act, episodes=3, max_steps=25, epsilon=0, seed=0)
+    scores, frames = bc.play_episodes("pong", act, episodes=3, max_steps=25, epsilon=0, seed=0, record=True)
     assert calls == [3] * 25
     assert len(frames) == 25
     assert scores.shape == (3,)
@@ -165,7 +165,7 @@ def test_random_actions_are_all_of_the_games(bc, monkeypatch):
     def act(stacks):
         raise AssertionError("asked for a greedy action")
 
-    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0)
+    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0, record=True)
     counts = np.bincount(np.concatenate(made[0].actions), minlength=18)
     assert counts.sum() == 4 * 180
     assert len(counts) == 18
@@ -180,12 +180,12 @@ def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
         asked.append(len(stacks))
         return np.full(len(stacks), 4)
 
-    bc.play_episodes("boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0)
+    bc.play_episodes("boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0, record=True)
     assert sum(asked) == 2 * 100
     assert (np.concatenate(made[0].actions) == 4).all()  # nothing else was ever played
 
     asked.clear()
-    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0)
+    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0, record=True)
     assert 0.7 < sum(asked) / (4 * 180) < 0.8
     actions = np.concatenate(made[1].actions)
     assert 0.7 < (actions == 4).mean() < 0.83
@@ -194,7 +194,7 @@ def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
 
 def test_play_is_a_function_of_its_seed(bc):
     def play(seed):
-        _, frames = bc.play_episodes("ms_pacman", lambda stacks: pixel_sum(stacks, 9), 1, 60, 0.5, seed)
+        _, frames = bc.play_episodes("ms_pacman", lambda stacks: pixel_sum(stacks, 9), 1, 60, 0.5, seed, record=True)
         return np.array(frames)
 
     np.testing.assert_array_equal(play(0), play(0))

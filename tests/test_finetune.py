@@ -78,6 +78,8 @@ def test_what_is_done_is_skipped_and_the_seed_decides(tmp_path):
     content, before, saved = path.read_text(), path.stat().st_mtime_ns, torch.load(policy, weights_only=True)
     done = run("finetune_bc.py", *args, cwd=tmp_path)
     assert "is there already" in done.stdout and path.stat().st_mtime_ns == before
+    done = run("finetune_bc.py", *args, "--learning-rate", 0.5, cwd=tmp_path, code=1)
+    assert "was made with {'learning_rate': 0.001}" in done.stderr
     run("finetune_bc.py", *args, "--overwrite", cwd=tmp_path)
     assert path.stat().st_mtime_ns > before
     assert_equal(torch.load(policy, weights_only=True), saved)
@@ -123,7 +125,9 @@ def test_bad_checkpoints(pretrained, tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save([1, 2, 3], tmp_path / "list.pt")
     torch.save(torch.load(pretrained, weights_only=True) | {"extra": Bomb()}, tmp_path / "bomb.pt")
-    for name in ("missing.pt", "damaged.pt", "other.pt", "list.pt", "bomb.pt"):
+    (tmp_path / "empty.pt").touch()
+    torch.save({"backbone": {"conv1.weight": 1}}, tmp_path / "number.pt")
+    for name in ("missing.pt", "empty.pt", "damaged.pt", "other.pt", "list.pt", "bomb.pt", "number.pt"):
         done = run("finetune_bc.py", *QUICK, "--checkpoint", name, cwd=tmp_path, code=1)
         assert f"{name} cannot be used" in done.stderr
     assert not (tmp_path / "exploded").exists()
@@ -165,6 +169,11 @@ def test_actions_of_another_game_are_refused(cache, tmp_path):
         (["--game", "chess"], 1, "Unknown game 'chess'"),
         (["--game", "pong", "--epochs", "0"], 1, "--epochs must be at least 1"),
         (["--game", "pong", "--eval-episodes", "0"], 1, "--eval-episodes must be at least 1"),
+        (["--game", "pong", "--epsilon", "2"], 1, "--epsilon"),
+        (["--game", "pong", "--seed", "-1"], 1, "--seed must be at least 0"),
+        (["--game", "pong", "--method", "a/b"], 1, "--method"),
+        (["--game", "pong", "--device", "cuda"], 1, "cuda cannot be used"),
+        (["--game", "pong", "--runs", "1", "1", "--data-dir", "."], 1, "--runs"),
         (["--game", "pong", "--data-dir", "nowhere"], 1, "nowhere/Pong/1/replay_logs"),
     ],
 )

@@ -445,11 +445,11 @@ def test_files(tmp_path):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(TypeError), iqm.replacing(path) as file:
+    with pytest.raises(TypeError), iqm.atomic_write(path) as file:
         file.writelines([b"half of the ne", None])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    with iqm.replacing(path) as file:
+    with iqm.atomic_write(path) as file:
         file.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"

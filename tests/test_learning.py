@@ -94,4 +94,3 @@ def test_cloned_behaviour_predicts_unseen_actions(tmp_path):
     majority = torch.cat(actions).bincount().max().item() / torch.cat(actions).numel()
     assert majority < 0.8  # the player does vary
     assert accuracy > majority + 0.3 * (1 - majority)
-

@@ -53,9 +53,10 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.02)
 
 
-def start(script: str, *args, cwd: Path) -> subprocess.Popen:
+def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), **options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,7 +151,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert "Stopped at step" in done.stderr and "nan" in done.stderr
     content = checkpoint(tmp_path / "runs" / "pretrain_atc__0")
     step = int(done.stderr.split("Stopped at step ")[1].split(":")[0])
-    assert content["step"] == step  # the checkpoint is of just before the bad step
+    assert content["step"] == step - 1  # the checkpoint is of just before the bad step
     assert all(x.isfinite().all() for part in ("backbone", "neck", "head") for x in content[part].values())
 
 
@@ -166,6 +167,43 @@ def test_signal_saves_and_ends(number, tmp_path):
     assert process.returncode == 1 and "To go on: --resume" in output and "Traceback" not in output, output[-3000:]
     step = checkpoint(run_dir)["step"]
     assert f"after step {step}" in output
+
+
+def test_signal_to_all_processes_of_a_job(tmp_path):
+    """As a scheduler sends it, to the workers too."""
+    args = (*QUICK, "--total-steps", 100_000, "--num-workers", 2)
+    process = start("pretrain_atc.py", *args, cwd=tmp_path, start_new_session=True)
+    run_dir = tmp_path / "runs" / "pretrain_atc__0"
+    wait_for(lambda: list(run_dir.glob("events*")), process)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert "To go on: --resume" in output and "Traceback" not in output, output[-3000:]
+    assert checkpoint(run_dir)["step"] > 0
+
+
+def test_signal_to_one_of_two_processes_stops_both(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "pretrain_atc.py"), *map(str, QUICK), "--total-steps", "100000"]
+    environ = environment(OMP_NUM_THREADS="1")
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run_dir = tmp_path / "runs" / "pretrain_atc__0"
+    wait_for(lambda: list(run_dir.glob("events*")), process)
+    time.sleep(3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert "To go on: --resume" in output, output[-3000:]
+    assert checkpoint(run_dir)["step"] > 0
+
+
+def test_resuming_on_other_data_is_refused(cache, tmp_path):
+    """A forgotten --data-dir does not go on with random play."""
+    data = ("--data-dir", cache / "played_1000", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
+    run("pretrain_atc.py", *QUICK, *data, "--total-steps", 2, cwd=tmp_path)
+    options = ("--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
+    done = run("pretrain_atc.py", *QUICK, *options, "--total-steps", 2, "--resume", cwd=tmp_path, code=1)
+    assert "was trained with {'samples': " in done.stderr
 
 
 def test_an_existing_run_is_kept(tmp_path):
@@ -210,6 +248,21 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         (["--total-steps", "-5"], 1, "--total-steps must be at least 1"),
         (["--save-every", "0"], 1, "--save-every must be at least 1"),
         (["--width-multiplier", "0.01"], 1, "--width-multiplier"),
+        (["--width-multiplier", "nan"], 1, "--width-multiplier"),
+        (["--blocks", "1", "0", "1", "1"], 1, "--blocks"),
+        (["--seed", "-1"], 1, "--seed must be at least 0"),
+        (["--num-workers", "-1"], 1, "--num-workers must be at least 0"),
+        (["--learning-rate", "nan"], 1, "--learning-rate must be at least 0"),
+        (["--max-grad-norm", "-1"], 1, "--max-grad-norm must be at least 0"),
+        (["--betas", "1.5", "0.9"], 1, "--betas"),
+        (["--temperature", "0"], 1, "--temperature"),
+        (["--future-offset", "-1"], 1, "--future-offset"),
+        (["--device", "nonsense"], 1, "nonsense cannot be used"),
+        (["--device", "cuda"], 1, "cuda cannot be used"),
+        (["--run-name", ".."], 1, "--run-name"),
+        (["--run-name", "../elsewhere", "--overwrite"], 1, "--run-name"),
+        (["--runs", "--data-dir", "."], 1, "--runs"),
+        (["--cache-dir", "/dev/null"], 1, "cannot be written"),
         (["--games", "pongg"], 1, "Unknown game 'pongg'"),
         (["--batch-size", "5000"], 1, "lower --batch-size"),
         (["--data-dir", "nowhere"], 1, "nowhere/Pong"),
