@@ -9,7 +9,7 @@
 
 On a frozen pre-trained ResNet-50 f, a fresh neck g and head h learn the actions a that the replay's player took:
 
-    loss = -mean_i log softmax( h(g(f(o_i))) )[a_i]        o, the augmented (shifted, brightened) stacks of 4 frames
+    loss = -mean_i log softmax( h(g(f(o_i))) )[a_i]        o, the augmented (shifted, scaled) stacks of 4 frames
 
     python finetune_bc.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt --data-dir /data/dqn_replay
     python finetune_bc.py --game pong                            # baseline "random": a frozen random backbone

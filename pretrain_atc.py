@@ -7,8 +7,8 @@
 # ///
 """ATC, augmented temporal contrast (Stooke et al., arXiv 2009.08319), pre-trains Atari-PB's ResNet-50 (2406.06037).
 
-A stack of frames shall be recognised, among the stacks of a whole batch, from the stack k = 3 steps before it. With f
-the ResNet-50, g the neck, h the head, f' and g' their momentum copies, o the augmented (shifted, brightened) stacks:
+From a stack of frames, the stack k = 3 steps later is to be picked out among the later stacks of a whole batch. With f
+the ResNet-50, g the neck, h the head, f' and g' momentum copies of f and g, and o augmented (shifted, scaled) stacks:
 
     q_i = h(g(f(o_i,s)))  query, the present        c_i = g'(f'(o_i,s+k))  key, the near future of the same video
     loss = -mean_i log( exp(q_i . c_i / T) / sum_j exp(q_i . c_j / T) )

@@ -36,6 +36,13 @@ def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 300) -> s
     return done
 
 
+class Bomb:
+    """What a pickle may hold: code that runs as it is read, and leaves a file behind."""
+
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """A --cache-dir with 1,000 played rows of each of GAMES."""

@@ -1,7 +1,6 @@
 """Fine-tuning by behaviour cloning as a user runs it, from every kind of checkpoint, and its results."""
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, load, run
+from conftest import SMALL, Bomb, load, run
 from PIL import Image
 from test_pretrain import assert_equal, scalars, start, wait_for
 
@@ -112,11 +111,6 @@ def test_the_authors_checkpoints(prefix, tmp_path):
     loaded = bc.ResNet(0.125, (1, 2, 1, 1))
     assert bc.load_backbone(loaded, tmp_path / "siammae_100.pth") == "siammae_100"
     assert_equal(dict(loaded.state_dict()), dict(ours.state_dict()))
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.system, ("touch exploded",))
 
 
 def test_bad_checkpoints(pretrained, tmp_path):

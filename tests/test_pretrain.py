@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, run
+from conftest import ROOT, SMALL, Bomb, environment, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("pretrain_*.py"))
@@ -224,11 +224,6 @@ def test_an_existing_run_is_kept(tmp_path):
     path.write_bytes(before[:1000])
     done = run("pretrain_atc.py", *args, "--resume", cwd=tmp_path, code=1)
     assert str(Path("runs/pretrain_atc__0/checkpoint.pt")) in done.stderr and "--overwrite" in done.stderr
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.system, ("touch exploded",))
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
