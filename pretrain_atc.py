@@ -545,10 +545,10 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
         for name, part in objective.named_children():
             part.load_state_dict(content[name])
         optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if "cuda" in content["rng"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(content["rng"]["cuda"])
-    return content["step"]
+        torch.set_rng_state(content["rng"]["cpu"])
+        if "cuda" in content["rng"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(content["rng"]["cuda"])
+        return content["step"]
 
 
 # === training loop [shared] ===========================================================================================
