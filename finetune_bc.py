@@ -596,13 +596,16 @@ def finetune(args: Args) -> None:
         method = load_backbone(backbone, args.checkpoint) + ("" if args.freeze_backbone else "_e2e")
     method = args.method or method
     result = args.results / "bc" / method / game / f"seed{args.seed}.json"
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{method}__{game}__{args.seed}"
     plain_args = json.loads(json.dumps(asdict(args), default=str))
-    if result.exists() and not args.overwrite:
-        with clear_errors(result, "To make it again: --overwrite"):
-            then = json.loads(result.read_text())["args"]
+    for path in [path for path in (result, run_dir / "args.json") if path.exists() and not args.overwrite]:
+        with clear_errors(path, "To make it again: --overwrite"):
+            then = json.loads(path.read_text())
+            then = then.get("args", then)
         changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
         if changed:
-            raise SystemExit(f"{result} was made with {changed}. Choose another --method or --results, or --overwrite.")
+            raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
+    if result.exists() and not args.overwrite:
         print(f"{result} is there already. To make it again: --overwrite")
         return
 
@@ -622,9 +625,10 @@ def finetune(args: Args) -> None:
     optimizer = torch.optim.AdamW(parameters, **adam, fused=True)
     precision = autocast(device, args.precision)
 
-    # An unfinished run of the same name has no result: it starts afresh.
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{method}__{game}__{args.seed}"
+    # An unfinished run of the same arguments starts afresh.
     shutil.rmtree(run_dir, ignore_errors=True)
+    with atomic_write(run_dir / "args.json") as file:
+        file.write(json.dumps(plain_args, indent=2).encode())
     writer = SummaryWriter(run_dir)
     rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)

@@ -89,15 +89,29 @@ def test_what_is_done_is_skipped_and_the_seed_decides(tmp_path):
 
 
 def test_killed_run_leaves_no_result_and_is_done_again(tmp_path):
-    args = (*QUICK, "--max-episode-steps", 5)
-    process = start("finetune_bc.py", *args, "--epochs", 5000, cwd=tmp_path)
+    args = (*QUICK, "--max-episode-steps", 5, "--epochs", 60)
+    process = start("finetune_bc.py", *args, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/events*")), process)
     time.sleep(0.5)
     process.kill()
     process.wait()
     assert not list(tmp_path.glob("results/**/*.json"))
     run("finetune_bc.py", *args, cwd=tmp_path)
-    assert result(tmp_path, "random")["args"]["epochs"] == 1
+    assert result(tmp_path, "random")["args"]["epochs"] == 60
+
+
+def test_another_run_of_the_same_name_is_kept(tmp_path):
+    """Other arguments, with results elsewhere: the first run's logs and policy stay."""
+    run("finetune_bc.py", *QUICK, cwd=tmp_path)
+    run_dir = tmp_path / "runs" / "finetune_bc__random__pong__0"
+    before = (run_dir / "policy.pt").read_bytes()
+    args = (*QUICK, "--learning-rate", 0.5, "--results", "elsewhere")
+    done = run("finetune_bc.py", *args, cwd=tmp_path, code=1)
+    assert "args.json was made with {'learning_rate': 0.001}" in done.stderr
+    assert (run_dir / "policy.pt").read_bytes() == before
+    run("finetune_bc.py", *args, "--method", "fast", cwd=tmp_path)
+    assert (tmp_path / "elsewhere" / "bc" / "fast" / "pong" / "seed0.json").exists()
+    assert (run_dir / "policy.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
