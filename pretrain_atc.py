@@ -453,7 +453,7 @@ def lr_multiplier(step: int, total_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
-# === contrast over all processes [shared] =============================================================================
+# === means over processes [shared] ====================================================================================
 def mean_over(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """This process's share in the mean of the `values` [b] to keep, of all processes: DDP averages their gradients."""
     count = keep.sum().float()
@@ -462,6 +462,7 @@ def mean_over(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return (values * keep).sum() * WORLD_SIZE / count.clamp(min=1)
 
 
+# === contrast [shared] ================================================================================================
 def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0):
     """InfoNCE (1807.03748), the cross-entropy of finding a query's key among the keys of all samples and processes.
 
@@ -478,19 +479,32 @@ def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, tempera
         return mean_over(loss, keep), mean_over((logits.argmax(1) == own).float(), keep)
 
 
+# === momentum networks [shared] =======================================================================================
+def momentum_copy(**networks: nn.Module) -> nn.ModuleDict:
+    """Copies of the networks, to be their moving averages."""
+    return copy.deepcopy(nn.ModuleDict(networks)).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_momentum(target: nn.ModuleDict, objective: nn.Module, progress: float) -> dict[str, float]:
+    """theta' = tau theta' + (1 - tau) theta, tau from 0.99 to 0.999 as `progress` goes from 0 to 1; what to chart."""
+    tau = 0.99 + 0.009 * progress
+    online = [parameter for name in target for parameter in getattr(objective, name).parameters()]
+    torch._foreach_lerp_(list(target.parameters()), online, 1 - tau)
+    return {"momentum": tau}
+
+
 # === objective: ATC ===================================================================================================
 class ATC(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         if args.future_offset < 0 or not args.temperature > 0:
             raise SystemExit("--future-offset must be at least 0 and --temperature above 0.")
-        self.args = args
-        self.length = HISTORY + 1 + args.future_offset  # rows of a sample
+        self.args, self.length = args, HISTORY + 1 + args.future_offset  # rows of a sample
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
         self.neck = Neck(self.backbone.channels, len(TABLE_GAMES))  # g
         self.head = GameLinear(len(TABLE_GAMES), 512, 512)  # h
-        self.target = copy.deepcopy(nn.ModuleDict({"backbone": self.backbone, "neck": self.neck}))  # f', g'
-        self.target.requires_grad_(False)
+        self.target = momentum_copy(backbone=self.backbone, neck=self.neck)  # f', g'
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and metrics of a batch of `Windows`."""
@@ -506,13 +520,8 @@ class ATC(nn.Module):
         loss, accuracy = info_nce(query, key, ~done, self.args.temperature)
         return loss, {"accuracy": accuracy}
 
-    @torch.no_grad()
     def update_target(self, step: int) -> dict[str, float]:
-        """theta' = tau theta' + (1 - tau) theta, with tau from 0.99 to 0.999 over the run. Returns what to chart."""
-        tau = 0.99 + 0.009 * step / self.args.total_steps
-        online = [*self.backbone.parameters(), *self.neck.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
-        return {"momentum": tau}
+        return update_momentum(self.target, self, step / self.args.total_steps)
 
 
 Objective = ATC  # what the training loop below builds
@@ -565,16 +574,17 @@ def process_mean(values: torch.Tensor) -> torch.Tensor:
     return values.cpu() / WORLD_SIZE
 
 
-def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.device) -> dict[str, float]:
-    """Mean loss and metrics on held-out samples, every time the same ones in the same augmentation."""
+def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.device) -> tuple[dict, dict]:
+    """Mean loss and metrics, and pictures, if any, of always the same held-out samples in the same augmentation."""
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
+        pictures = objective.pictures(on_device(data[0], device)) if hasattr(objective, "pictures") else {}
         for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
     means = process_mean(torch.stack(results).mean(0)).tolist()
-    return {f"eval/{name}": mean for name, mean in zip(["loss", *metrics], means, strict=True)}
+    return {f"eval/{name}": mean for name, mean in zip(["loss", *metrics], means, strict=True)}, pictures
 
 
 def train(args: Args) -> None:
@@ -616,7 +626,7 @@ def train(args: Args) -> None:
     held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
     sample = {name: value[:1] for name, value in on_device(held_out[0], device).items()}
     with precision, FlopCounterMode(display=False) as counter:
-        objective(sample)[0].backward()
+        copy.deepcopy(objective)(sample)[0].backward()
     flops = counter.get_total_flops()
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), math.nan) * WORLD_SIZE
@@ -681,12 +691,16 @@ def train(args: Args) -> None:
         names = ["losses/loss", "losses/grad_norm", *(f"losses/{name}" for name in metrics)]
         scalars |= dict(zip(names, values.mean(0).tolist(), strict=True))
         bar.set_postfix({"loss": f"{scalars['losses/loss']:.3f}", "images/s": f"{rate:.0f}"})
+        pictures = {}
         if last or done % args.eval_every == 0:
             with precision:
-                scalars |= evaluate(objective, held_out, args.eval_samples, device)
+                results, pictures = evaluate(objective, held_out, args.eval_samples, device)
+            scalars |= results
         if RANK == 0:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, done)
+            for name, picture in pictures.items():
+                writer.add_image(f"eval/{name}", picture, done)
             if last or stop or done % args.save_every == 0:
                 save_checkpoint(checkpoint, objective, optimizer, done, plain_args)
         if stop:
