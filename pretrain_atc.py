@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
-#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0",
-# ]
+# dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
+#   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
 # ///
 """ATC, augmented temporal contrast (Stooke et al., arXiv 2009.08319), pre-trains Atari-PB's ResNet-50 (2406.06037).
 
@@ -33,7 +31,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +43,6 @@ import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -134,7 +131,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 HISTORY = 3  # rows of a stack of 4 frames before its own row
 PADDING = 3  # blank rows before every episode in DQN Replay files
-REPLAY = {"observation": "u1", "action": "i4", "reward": "f4", "terminal": "u1"}  # its files
+REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
 FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
 ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
 
@@ -152,20 +149,17 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
     """Where a replay checkpoint's files are: as the bucket has them, or as Atari-PB's and SGI's download scripts do."""
     folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
     layouts = (f"{run}/replay_logs/$store$_{{}}_ckpt.{checkpoint}.gz", f"{{}}_{run}_{checkpoint}.gz")
-    return [[folder / layout.format(field) for field in REPLAY] for layout in layouts]
+    return [[folder / layout.format(field) for field in REPLAY.names] for layout in layouts]
 
 
-def read_rows(path: Path, kinds: tuple, shape: tuple, rows: int | None = None) -> tuple[np.ndarray, int]:
-    """The first `rows` (None: all) rows of a gzipped .npy, decompressing no more than those, and how many it holds.
-
-    `kinds` are what a dtype to accept begins with, as "i" or "u1"; `shape` is a row's.
-    """
+def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
+    """The first `rows` rows of a gzipped .npy, or all if fewer, decompressing no more; and how many it holds."""
     with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
-        (total, *row_shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
-        if tuple(row_shape) != shape or column_major or not dtype.str[1:].startswith(kinds):
-            raise ValueError(f"it holds rows of {dtype} {row_shape}, not of kind {kinds} {list(shape)}")
-        count = total if rows is None else min(rows, total)
+        (total, *shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
+        if shape != [*row.shape] or column_major or not np.can_cast(dtype, row.base, "no" if shape else "same_kind"):
+            raise ValueError(f"it holds rows of {dtype} {shape}, not of {row.base} {list(row.shape)}")
+        count = min(rows, total)
         content = file.read(count * math.prod(shape) * dtype.itemsize)
         return np.frombuffer(content, dtype).reshape(count, *shape), total
 
@@ -186,11 +180,10 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
     if path.exists():
         return path
-    frame, total = read_rows(files[0], ("u1",), (84, 84), rows)
-    action, total_action = read_rows(files[1], ("i", "u"), (), rows)
-    reward, total_reward = read_rows(files[2], ("f", "i"), ())
-    terminal, total_terminal = read_rows(files[3], ("u", "i", "b"), ())
-    if not total == total_action == total_reward == total_terminal:
+    needed = (rows, rows, math.inf, math.inf)  # all rewards and terminals, for return_to_go
+    rows_and_totals = map(read_rows, files, (REPLAY[name] for name in REPLAY.names), needed)
+    (frame, action, reward, terminal), (total, *totals) = zip(*rows_and_totals, strict=True)
+    if totals != [total] * 3:
         raise SystemExit(f"{files[0]} and its action, reward and terminal files differ in length. Download them again.")
     if not 0 < rows < total:  # a file's last row may be stale: it is never used
         raise SystemExit(f"{files[0]} has {max(total - 1, 0)} usable rows, not {rows}: choose another number.")
@@ -241,9 +234,9 @@ def play_game(data_dir: Path, num_rows: int, game: str) -> None:
         stack, reward, terminated, truncated, _ = env.step(np.array([action]))
         done = terminated[0] or truncated[0]
         rows.append((frame, action, reward[0], done))
-    for path, dtype, column in zip(files, REPLAY.values(), zip(*rows, strict=True), strict=True):
+    for path, name, column in zip(files, REPLAY.names, zip(*rows, strict=True), strict=True):
         with atomic_write(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
-            np.save(stream, np.array(column, dtype), allow_pickle=False)
+            np.save(stream, np.array(column, REPLAY[name].base), allow_pickle=False)
 
 
 def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
@@ -264,6 +257,7 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
     return list(zip(game_ids, paths, strict=True))
 
 
+@cache  # by each process of its own
 def open_shard(path: Path) -> np.ndarray:
     with clear_errors(path, "Delete it: it will be prepared again."):
         return np.load(path, mmap_mode="r", allow_pickle=False).view(ROW, np.ndarray)  # np.memmap is slow to slice
@@ -279,8 +273,7 @@ class Windows(Dataset):
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
         game_ids, self.paths = zip(*shards, strict=True)
-        self.game_ids, self.length, self.seed = np.array(game_ids), length, seed
-        self.shards = self.epoch = None  # memory maps, and the epoch whose order is held; each process has its own
+        self.game_ids, self.length, self.seed, self.epoch = np.array(game_ids), length, seed, None
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))  # 1,000 shards are open at once
         windows = np.array([len(open_shard(path)) for path in self.paths]) - length + 1
@@ -298,8 +291,6 @@ class Windows(Dataset):
         self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        if self.shards is None:
-            self.shards = [open_shard(path) for path in self.paths]
         epoch, batch = divmod(i, self.batches)
         if epoch != self.epoch:  # half a second and 40 MB for the benchmark's 10M windows
             rng = np.random.default_rng([self.seed, epoch])
@@ -310,16 +301,10 @@ class Windows(Dataset):
         frames = np.empty((len(window), self.length, 84, 84), np.uint8)
         fields = np.empty((len(window), self.length), FIELDS)
         for j, (s, row) in enumerate(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True)):
-            rows = self.shards[s][row : row + self.length]
+            rows = open_shard(self.paths[s])[row : row + self.length]
             frames[j], fields[j] = rows["frame"], rows["fields"]
         others = {name: fields[name].copy() for name in FIELDS.names}
         return {"frames": frames, "game_id": self.game_ids[shard]} | others
-
-
-def ignore_signals(worker: int) -> None:
-    """For a DataLoader's workers: the training process is the one that stops, and stops them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
@@ -480,11 +465,6 @@ def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, tempera
 
 
 # === momentum networks [shared] =======================================================================================
-def momentum_copy(**networks: nn.Module) -> nn.ModuleDict:
-    """Copies of the networks, to be their moving averages."""
-    return copy.deepcopy(nn.ModuleDict(networks)).requires_grad_(False)
-
-
 @torch.no_grad()
 def update_momentum(target: nn.ModuleDict, objective: nn.Module, progress: float) -> dict[str, float]:
     """theta' = tau theta' + (1 - tau) theta, tau from 0.99 to 0.999 as `progress` goes from 0 to 1; what to chart."""
@@ -504,7 +484,7 @@ class ATC(nn.Module):
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
         self.neck = Neck(self.backbone.channels, len(TABLE_GAMES))  # g
         self.head = GameLinear(len(TABLE_GAMES), 512, 512)  # h
-        self.target = momentum_copy(backbone=self.backbone, neck=self.neck)  # f', g'
+        self.target = copy.deepcopy(nn.ModuleDict({"backbone": self.backbone, "neck": self.neck})).requires_grad_(False)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and metrics of a batch of `Windows`."""
@@ -632,7 +612,7 @@ def train(args: Args) -> None:
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), math.nan) * WORLD_SIZE
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # Its optimizer, its state and its batches.
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -643,12 +623,14 @@ def train(args: Args) -> None:
     if checkpoint.exists():
         start = load_checkpoint(checkpoint, objective, optimizer, plain_args)
     steps = range(start, args.total_steps)
-    options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    stops, signals = (signal.SIGINT, signal.SIGTERM), []  # what asks to stop, and what has come of it
+    for number in stops:
+        signal.signal(number, lambda number, _: signals.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
+    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
     options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
-    signals = []  # that ask to stop
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
     if RANK == 0:
         with atomic_write(run_dir / "args.json") as file:
