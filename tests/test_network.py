@@ -8,11 +8,14 @@ import pytest
 import torch
 import torchvision
 from conftest import load
-from golden.fill import fill_array, make_batch
+from golden.fill import fill_array, make_batch, make_noise
 from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
-atc, bc = load("pretrain_atc.py"), load("finetune_bc.py")
+OBJECTIVES = ("curl", "atc", "mae", "siammae", "bc", "spr", "idm")
+modules = {name: load(f"pretrain_{name}.py") for name in OBJECTIVES}
+atc, bc = modules["atc"], load("finetune_bc.py")
+TINY = {"width_multiplier": 0.0625, "blocks": (1, 1, 1, 1)}
 
 
 def golden(name: str) -> dict:
@@ -39,15 +42,15 @@ def check(numbers: dict, parts: dict[str, nn.Module], loss: torch.Tensor) -> Non
         assert norm == pytest.approx(float(numbers[f"grad_norm_{name}"]), rel=1e-4), name
 
 
-def check_features(
-    numbers: dict, backbone: nn.Module, neck: nn.Module, obs: torch.Tensor, game_id: torch.Tensor
-) -> None:
+def check_features(numbers: dict, objective: nn.Module, obs: torch.Tensor, game_id: torch.Tensor) -> None:
     with torch.no_grad():
-        maps = backbone(obs)
-        x = neck(maps, game_id)
+        features = {"backbone_slice": objective.backbone(obs)}
+        if "neck_slice" in numbers:
+            features["neck_slice"] = objective.neck(features["backbone_slice"], game_id)
+    maps = features["backbone_slice"]
     assert maps.mean().item() == pytest.approx(float(numbers["backbone_mean"]), rel=1e-5)
     assert maps.std(correction=0).item() == pytest.approx(float(numbers["backbone_std"]), rel=1e-5)
-    for values, name in ((maps, "backbone_slice"), (x, "neck_slice")):
+    for name, values in features.items():
         found = values.flatten()[:: values.numel() // 64][:64]
         np.testing.assert_allclose(found, numbers[name], rtol=1e-3, atol=1e-4)
 
@@ -56,31 +59,35 @@ def stacks_of(batch: dict, name: str) -> torch.Tensor:
     return torch.from_numpy(batch[name]).float().squeeze(1) / 255
 
 
-def test_atc_golden():
-    numbers, batch = golden("atc"), make_batch("given/", n=4)
-    objective = atc.ATC(atc.Args())
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_golden(name):
+    """Features, loss, accuracy and gradient norms of the whole network on the golden parameters and batch."""
+    numbers, batch = golden(name), make_batch("given/", n=4, t=5 if name == "spr" else 1)
+    objective = modules[name].Objective(modules[name].Args())
     parts = {"backbone": objective.backbone, "neck": objective.neck, "head": objective.head}
     fill(parts, numbers)
-    fill(dict(objective.target.items()), numbers, "given/target/")
-    game_id, done = (torch.from_numpy(batch[name][:, 0]) for name in ("game_id", "done"))
-    obs, next_obs = stacks_of(batch, "obs"), stacks_of(batch, "next_obs")
-    check_features(numbers, objective.backbone, objective.neck, obs, game_id)
-    loss, metrics = objective.loss(obs, next_obs, game_id, done.bool())
+    if hasattr(objective, "target"):
+        fill(dict(objective.target.items()), numbers, "given/target/")
+    stacks = torch.from_numpy(batch["obs"]).float() / 255  # [4, t, 4, 84, 84]
+    obs, next_obs = stacks[:, 0], torch.from_numpy(batch["next_obs"])[:, 0] / 255
+    game_id, done = (torch.from_numpy(batch[key][:, 0]) for key in ("game_id", "done"))
+    action, done = torch.from_numpy(batch["action"]), done.bool()
+    noise = torch.from_numpy(make_noise("given/", 4, 36))
+    inputs = {
+        "curl": (obs, obs, game_id),
+        "atc": (obs, next_obs, game_id, done),
+        "mae": (obs, obs, game_id, noise),
+        "siammae": (obs, next_obs, next_obs, game_id, noise),
+        "bc": (obs, action[:, 0], game_id),
+        "spr": (obs, stacks[:, 1:], action[:, :4], game_id, torch.zeros(4, 4, dtype=torch.bool)),
+        "idm": (obs, next_obs, action[:, 0], game_id, done),
+    }
+    check_features(numbers, objective, stacks.flatten(0, 1), game_id.repeat_interleave(stacks.shape[1]))
+    loss, metrics = objective.loss(*inputs[name])
     check(numbers, parts, loss)
-    assert metrics["accuracy"].item() == pytest.approx(float(numbers["log_self_pred_acc"]))
-
-
-def test_bc_golden():
-    """The objective of pretrain_bc and of the fine-tuning: their parts are the same, with a table row for each game."""
-    numbers, batch = golden("bc"), make_batch("given/", n=4)
-    backbone = bc.ResNet(1.0, (3, 4, 6, 3))
-    parts = {"backbone": backbone, "neck": bc.Neck(2048, 60), "head": bc.GameLinear(60, 512, 18)}
-    fill(parts, numbers)
-    game_id, action = (torch.from_numpy(batch[name][:, 0]) for name in ("game_id", "action"))
-    obs = stacks_of(batch, "obs")
-    check_features(numbers, backbone, parts["neck"], obs, game_id)
-    logits = parts["head"](parts["neck"](backbone(obs), game_id), game_id)
-    check(numbers, parts, nn.functional.cross_entropy(logits, action))
+    accuracy = [float(value) for key, value in numbers.items() if key.endswith("_acc")]
+    assert [metrics["accuracy"].item() for _ in accuracy] == pytest.approx(accuracy)
+    assert len(accuracy) == ("accuracy" in metrics)
 
 
 def test_fine_tuning_policy_is_the_golden_network_for_one_game():
@@ -106,13 +113,13 @@ def test_schedule_golden():
     numbers = golden("schedule")
     found = [atc.lr_multiplier(step, 1000) for step in range(1000)]
     np.testing.assert_allclose(found, numbers["lr_multiplier"], rtol=1e-12)
-    objective = atc.ATC(atc.Args(total_steps=1000, width_multiplier=0.0625, blocks=(1, 1, 1, 1)))
+    objective = atc.ATC(atc.Args(total_steps=1000, **TINY))
     found = [objective.update_target(step)["momentum"] for step in range(1000)]
     np.testing.assert_allclose(found, numbers["momentum"], rtol=1e-12)
 
 
 def test_update_target_is_the_moving_average():
-    objective = atc.ATC(atc.Args(total_steps=10, width_multiplier=0.0625, blocks=(1, 1, 1, 1)))
+    objective = atc.ATC(atc.Args(total_steps=10, **TINY))
     for parameter in objective.target.parameters():
         parameter.data.normal_()
     before = {name: x.clone() for name, x in objective.target.named_parameters()}
@@ -163,3 +170,132 @@ def test_info_nce_leaves_samples_out_but_keeps_them_as_negatives():
     hits = [row.index(max(row)) == i for i, row in enumerate(logits)]
     assert accuracy.item() == pytest.approx((hits[0] + hits[2]) / 2)
     assert atc.info_nce(query, key, torch.zeros(3, dtype=torch.bool))[0].item() == 0  # none kept: no loss, no NaN
+
+
+@pytest.mark.parametrize("games", [[0, 1, 0, 4, 0, 0, 0], [3], [3, 1] * 32, [1] * 64, [4, *[0] * 21, *[2] * 42]])
+def test_game_linear_of_tokens_is_a_matrix_for_each_game(games):
+    """Pages of one or several samples, full or not: outputs and gradients are those of one product a sample."""
+    x, game_id = torch.randn(len(games), 6, 7), torch.tensor(games)
+    weight, bias = torch.randn(5, 7, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    found = modules["mae"].game_linear(x, game_id, weight, bias)
+    expected = torch.stack([x[i] @ weight[game] + bias[game] for i, game in enumerate(games)])
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * upstream).sum(), (weight, bias)) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_mask_keeps_the_tokens_of_the_least_noise():
+    tokens, noise = torch.randn(5, 36, 512), torch.rand(5, 36)
+    seen, rank = modules["mae"].mask(tokens, 3, noise)
+    hidden = modules["mae"].pixel_mask(rank, 3)
+    assert seen.shape == (5, 3, 512) and hidden.shape == (5, 1, 84, 84)
+    for i in range(5):
+        least = sorted(range(36), key=lambda j, i=i: noise[i, j])
+        for j in range(3):
+            assert torch.equal(seen[i, j], tokens[i, least[j]])
+        for cell in range(36):
+            row, column = 14 * (cell // 6), 14 * (cell % 6)
+            assert (hidden[i, 0, row : row + 14, column : column + 14] == (cell not in least[:3])).all()
+    assert modules["mae"].mask(tokens, 3, None)[1].sort(1).values.equal(torch.arange(36).expand(5, 36))
+
+
+@pytest.mark.parametrize("name", ["mae", "siammae"])
+def test_default_masks_leave_the_papers_numbers_of_cells(name):
+    assert modules[name].Objective(modules[name].Args(**TINY)).keep == {"mae": 3, "siammae": 1}[name]
+
+
+def window_batch(length: int, b: int = 3) -> dict[str, torch.Tensor]:
+    """Windows whose row i shows frames of brightness 10 i."""
+    zeros = torch.zeros(b, length, dtype=torch.uint8)
+    frames = torch.arange(length, dtype=torch.uint8).mul(10)[None, :, None, None].expand(b, length, 84, 84)
+    fields = {
+        "starts": zeros.bool(),
+        "action": zeros + torch.arange(length, dtype=torch.uint8),
+        "terminal": zeros.bool(),
+    }
+    return {"frames": frames, "game_id": torch.arange(b)} | fields
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_forward_takes_the_right_rows(name, monkeypatch):
+    """What `loss` is given of a window: the stack of now, those of the future, the actions between, episodes' ends."""
+    module = modules[name]
+    objective = module.Objective(module.Args(**TINY))
+    monkeypatch.setattr(module, "augment", lambda stacks: stacks / 255)
+    given = []
+    monkeypatch.setattr(objective, "loss", lambda *inputs: given.append(inputs))
+    batch = window_batch(objective.length)
+    batch["terminal"][1, 3] = True  # the first sample's now ends its episode
+    if objective.length > 5:
+        batch["terminal"][2, 4] = True
+    objective(batch)
+    now = torch.tensor([0, 10, 20, 30]) / 255
+
+    def shows(stacks: torch.Tensor, later: int) -> bool:
+        return torch.allclose(stacks, (now + 10 * later / 255).view(4, 1, 1))
+
+    (obs, *rest), last = given[0], objective.length - 4
+    assert obs.shape == (3, 4, 84, 84) and shows(obs, 0)
+    if name == "curl":
+        view, game_id = rest
+        assert shows(view, 0)
+    elif name == "atc":
+        key, game_id, done = rest
+        assert shows(key, last) and last == 3 and done.tolist() == [False, True, True]
+    elif name == "mae":
+        target, game_id = rest
+        assert shows(target, 0)
+    elif name == "siammae":
+        future, target, game_id = rest
+        later = [offset for i in range(3) for offset in (1, 2, 3) if shows(future[i], offset)]
+        assert len(later) == 3 and torch.allclose(future, target)
+    elif name == "bc":
+        action, game_id = rest
+        assert action.tolist() == [3, 3, 3]
+    elif name == "spr":
+        future, action, game_id, done = rest
+        assert all(shows(future[:, j], j + 1) for j in range(4)) and future.shape[1] == 4
+        assert action.tolist() == [[3, 4, 5, 6]] * 3
+        assert done.tolist() == [[False] * 4, [True] * 4, [False, True, True, True]]
+    else:
+        future, action, game_id, done = rest
+        assert shows(future, 1) and action.tolist() == [3, 3, 3] and done.tolist() == [False, True, False]
+    assert game_id.tolist() == [0, 1, 2]
+
+
+def test_siammae_draws_its_offsets_uniformly():
+    objective = modules["siammae"].Objective(modules["siammae"].Args(**TINY))
+    _, future = objective.pairs(window_batch(objective.length, b=600))
+    offsets = ((future[:, 0, -1, 0, 0] - 30) // 10).bincount()
+    assert len(offsets) == 4 and offsets[0] == 0 and offsets[1:].min() > 150
+
+
+def test_augmented_views_are_drawn_independently_and_shared_within_a_sample():
+    """CURL's two views, ATC's and IDM's two stacks and SiamMAE's differ in their draw; SPR's stacks share one."""
+    for name, same in (("curl", False), ("atc", False), ("idm", False), ("siammae", False), ("spr", True)):
+        objective = modules[name].Objective(modules[name].Args(**TINY))
+        batch = window_batch(objective.length, b=8)
+        batch["frames"] = torch.full_like(batch["frames"], 100)  # all that differs is the intensity
+        given = []
+        objective.loss = lambda *inputs, given=given: given.append(inputs)
+        objective(batch)
+        obs, other = given[0][0], given[0][1]
+        other = other[:, 0] if name == "spr" else other
+        equal = (obs - other).abs().amax((1, 2, 3)) < 1e-6
+        assert equal.all() if same else not equal.any(), name
+
+
+def test_majority_is_the_commonest_action_so_far():
+    """Counted per game in training, not in evaluation; samples left out are not counted and not scored."""
+    action_loss = modules["idm"].ActionLoss()
+    logits = torch.eye(18)[torch.tensor([5, 5, 1, 2])] * 9
+    action, game_id = torch.tensor([5, 5, 1, 0]), torch.tensor([7, 7, 8, 8])
+    keep = torch.tensor([True, True, True, False])
+    loss, metrics = action_loss(logits, action, keep, game_id)
+    assert loss.item() == pytest.approx(math.log(1 + 17 * math.exp(-9)), rel=1e-4)
+    assert (metrics["accuracy"].item(), metrics["majority_accuracy"].item()) == (1, 0)
+    with torch.no_grad():
+        _, metrics = action_loss(logits, torch.tensor([5, 4, 1, 0]), ~keep | keep, game_id)
+    assert metrics["accuracy"].item() == metrics["majority_accuracy"].item() == 0.5
+    assert action_loss.counts.sum() == 3 and action_loss.counts[7, 5] == 2 and action_loss.counts[8, 1] == 1
