@@ -444,7 +444,7 @@ class GameLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
-        return every[game_id, torch.arange(len(x), device=x.device)] + self.bias[game_id]
+        return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
 # === device and schedule [shared] =====================================================================================

@@ -513,8 +513,9 @@ def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bi
     total = min(b, b // size + games)  # the most pages that there can be: shapes are the same for every batch
     page_game = torch.searchsorted(end, torch.arange(total, device=x.device), right=True).clamp(max=games - 1)
     paged = x.new_zeros(total * size, *x.shape[1:]).index_copy(0, slot, x)
-    y = torch.bmm(paged.view(total, -1, x.shape[2]), weight[page_game])  # [total, size * n, a]
-    return y.view(total * size, x.shape[1], -1)[slot] + bias[game_id][:, None]
+    matrices = F.embedding(page_game, weight.flatten(1)).view(total, *weight.shape[1:])  # [total, d, a]
+    y = torch.bmm(paged.view(total, -1, x.shape[2]), matrices)  # [total, size * n, a]
+    return y.view(total * size, x.shape[1], -1)[slot] + F.embedding(game_id, bias)[:, None]
 
 
 def mask(tokens: torch.Tensor, keep: int, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,7 +95,7 @@ def test_operations_are_counted(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_left_alone(script, tmp_path):
-    args = (*QUICK, "--precision", "fp32", "--total-steps", 40, "--eval-every", 10, "--save-every", 4)
+    args = (*QUICK, "--precision", "fp32", "--total-steps", 40, "--eval-every", 20, "--save-every", 10)
     run(script, *args, "--run-name", "alone", cwd=tmp_path)
     killed = tmp_path / "runs" / "killed"
     process = start(script, *args, "--run-name", "killed", cwd=tmp_path)
