@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GAMES = ("pong", "ms_pacman", "breakout", "freeway")
+PRETRAINING = sorted(path.name for path in ROOT.glob("pretrain_*.py"))
 SMALL = ("--width-multiplier", "0.125", "--blocks", "1", "1", "1", "1")  # a ResNet that trains in milliseconds
+QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
 
 
 def load(script: str):
@@ -50,3 +53,21 @@ def cache(tmp_path_factory) -> Path:
     module = load("pretrain_atc.py")
     module.prepare(module.Args(cache_dir=folder), GAMES, 0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """`alone(script)` runs a copy of the script in a folder of its own, once: that folder, and what was printed."""
+    runs = {}
+
+    def run_alone(script: str) -> tuple[Path, subprocess.CompletedProcess]:
+        if script not in runs:
+            folder = tmp_path_factory.mktemp("alone")
+            shutil.copy(ROOT / script, folder)
+            command = [sys.executable, script, *map(str, QUICK), "--total-steps", "3", "--seed", "7"]
+            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            runs[script] = folder, done
+        return runs[script]
+
+    return run_alone

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Bomb, load, run
+from conftest import PRETRAINING, SMALL, Bomb, load, run
 from PIL import Image
 from test_pretrain import assert_equal, scalars, start, wait_for
 
@@ -18,11 +18,8 @@ QUICK = ("--game", "pong", *SMALL, *SHORT, "--play-rows", 150)
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    flags = (*SMALL, "--games", "pong", "--play-rows", 150, "--batch-size", 8, "--total-steps", 2)
-    run("pretrain_atc.py", *flags, cwd=folder)
-    return folder / "runs" / "pretrain_atc__0" / "checkpoint.pt"
+def pretrained(alone) -> Path:
+    return alone("pretrain_atc.py")[0] / "runs" / "pretrain_atc__7" / "checkpoint.pt"
 
 
 def result(folder: Path, method: str, seed: int = 0, game: str = "pong") -> dict:
@@ -51,6 +48,14 @@ def test_from_a_checkpoint(pretrained, tmp_path):
     with Image.open(run_dir / "episode.gif") as video:
         assert 1 < video.n_frames <= 20  # equal frames are stored once, shown longer
         assert video.size == (252, 252)
+
+
+@pytest.mark.parametrize("script", PRETRAINING)
+def test_from_every_objective(script, alone, tmp_path):
+    name = script.removesuffix(".py")
+    checkpoint = alone(script)[0] / "runs" / f"{name}__7" / "checkpoint.pt"
+    run("finetune_bc.py", *QUICK, "--checkpoint", checkpoint, cwd=tmp_path)
+    assert result(tmp_path, name.removeprefix("pretrain_"))["checkpoint"] == str(checkpoint)
 
 
 def test_baselines_and_names(pretrained, tmp_path):

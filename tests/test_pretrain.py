@@ -1,21 +1,24 @@
 """Pre-training as a user runs it: alone, interrupted, on several processes, with wrong arguments and bad numbers."""
 
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Bomb, environment, run
+from conftest import PRETRAINING, QUICK, ROOT, SMALL, Bomb, environment, run
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("pretrain_*.py"))
-QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
+CONTRAST, ACTION, PIXELS = ["accuracy"], ["accuracy", "majority_accuracy"], ["masked_error"]
+METRICS = {"curl": CONTRAST, "atc": CONTRAST, "spr": CONTRAST, "bc": ACTION, "idm": ACTION, "mae": PIXELS}
+METRICS["siammae"] = PIXELS
 
 
 def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -59,17 +62,14 @@ def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env=environment(), **options)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_alone_in_an_empty_folder(script, tmp_path):
+@pytest.mark.parametrize("script", PRETRAINING)
+def test_alone_in_an_empty_folder(script, alone):
     """A copy of the script, and nothing else, plays its data, trains, evaluates, logs and saves."""
-    shutil.copy(ROOT / script, tmp_path)
-    command = [sys.executable, script, *map(str, QUICK), "--total-steps", "3", "--seed", "7"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    folder, done = alone(script)
     assert "No --data-dir: a smoke test on 100 rows of random play a game" in done.stdout
     assert "images/s" in done.stderr  # on the progress bar
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", script, "runs"]
-    run_dir = tmp_path / "runs" / f"{script.removesuffix('.py')}__7"
+    assert sorted(path.name for path in folder.iterdir()) == ["cache", script, "runs"]
+    run_dir = folder / "runs" / f"{script.removesuffix('.py')}__7"
     assert json.loads((run_dir / "args.json").read_text())["seed"] == 7
 
     content = checkpoint(run_dir)
@@ -79,6 +79,8 @@ def test_alone_in_an_empty_folder(script, tmp_path):
     assert content["backbone"]["layer4.0.downsample.0.weight"].shape == (256, 128, 1, 1)
     assert {"backbone", "neck", "head", "optimizer", "rng", "args"} <= content.keys()
     logged = scalars(run_dir)
+    metrics = METRICS[content["objective"]]
+    assert {f"{group}/{metric}" for group in ("losses", "eval") for metric in metrics} <= logged.keys()
     assert {"losses/loss", "losses/grad_norm", "eval/loss", "charts/learning_rate", "charts/teraflops"} <= logged.keys()
     assert list(logged["losses/loss"]) == [1, 2, 3]
     assert all(value > 0 for value in logged["charts/images_per_second"].values())
@@ -93,7 +95,25 @@ def test_operations_are_counted(tmp_path):
     assert operations == pytest.approx(19.6e9, rel=0.02)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("objective", "columns"), [("mae", 3), ("siammae", 4)])
+def test_pictures(objective, columns, alone):
+    """The held-out samples, one below the other: what goes in, the later stack, what is masked, what is made of it."""
+    folder, _ = alone(f"pretrain_{objective}.py")
+    events = EventAccumulator(str(folder / "runs" / f"pretrain_{objective}__7"), {"images": 0}).Reload()
+    (name,) = events.Tags()["images"]
+    (event,) = events.Images(name)
+    picture = np.array(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert len(name.removeprefix("eval/").split("_")) == columns
+    assert picture.shape[:2] == (2 * 84, columns * 84)  # one sample of each game is held out
+    frames = picture[..., 0].reshape(2, 6, 14, columns, 6, 14)
+    assert np.ptp(frames[:, :, :, 0]) > 50  # not a blank
+    grey = (abs(frames[:, :, :, -2].astype(int) - 127) <= 1).all((2, 4))  # [2, 6, 6], cells masked
+    assert (grey.sum((1, 2)) == {"mae": 33, "siammae": 35}[objective]).all()
+    seen = np.broadcast_to(~grey[:, :, None, :, None], (2, 6, 14, 6, 14))
+    assert (frames[:, :, :, -2] == frames[:, :, :, -3])[seen].all()  # the others are as they were
+
+
+@pytest.mark.parametrize("script", PRETRAINING)
 def test_killed_and_resumed_equals_left_alone(script, tmp_path):
     args = (*QUICK, "--precision", "fp32", "--total-steps", 40, "--eval-every", 20, "--save-every", 10)
     run(script, *args, "--run-name", "alone", cwd=tmp_path)
@@ -116,7 +136,7 @@ def test_killed_and_resumed_equals_left_alone(script, tmp_path):
         assert alone[name] == killed[name]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", PRETRAINING)
 def test_two_processes_equal_one(script, tmp_path):
     """Same losses, metrics and gradients (Adam's first mean is a tenth of the first gradient) from the same batch."""
     args = [*map(str, QUICK), "--precision", "fp32", "--total-steps", "1", "--max-grad-norm", "inf"]
