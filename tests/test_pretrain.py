@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAINING, QUICK, ROOT, SMALL, Bomb, environment, run
+from conftest import PRETRAINING, QUICK, ROOT, SMALL, Bomb, environment, load, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -287,6 +289,41 @@ def test_bad_arguments(args, code, message, tmp_path):
     done = run("pretrain_atc.py", *QUICK, "--total-steps", 1, *args, cwd=tmp_path, code=code)
     assert message in done.stderr + done.stdout
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("script", PRETRAINING)
+def test_bad_input_of_every_script(script, cache, tmp_path):
+    """A wrong flag, an unknown game and a damaged file each end in a line that names it, before anything is made."""
+    shutil.copytree(cache / "played_1000" / "Pong", tmp_path / "data" / "Pong")
+    (damaged,) = (tmp_path / "data").rglob("*observation*.gz")
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    data = ("--data-dir", tmp_path / "data", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
+    for args, code, message in [
+        (["--no-such-flag"], 2, "no-such-flag"),
+        (["--games", "pongg"], 1, "Unknown game 'pongg'"),
+        (["--games", "pong", *data], 1, f"{damaged} cannot be used"),
+    ]:
+        done = run(script, *QUICK, "--total-steps", 1, *args, cwd=tmp_path, code=code)
+        assert message in done.stderr + done.stdout
+        assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        ("curl", {"temperature": 0.0}, "--temperature must be above 0"),
+        ("atc", {"temperature": math.nan}, "--temperature above 0"),
+        ("mae", {"mask_ratio": 1.0}, "--mask-ratio must be at least 0 and below 1"),
+        ("mae", {"mask_ratio": math.nan}, "--mask-ratio"),
+        ("siammae", {"mask_ratio": -0.1}, "--mask-ratio"),
+        ("siammae", {"max_future_offset": 0}, "--max-future-offset at least 1"),
+        ("spr", {"prediction_steps": 0}, "--prediction-steps must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_an_objective(objective, changes, message):
+    module = load(f"pretrain_{objective}.py")
+    with pytest.raises(SystemExit, match=message):
+        module.Objective(module.Args(**changes))
 
 
 def test_game_names(tmp_path):

@@ -1,7 +1,9 @@
 """The project as a whole: shared sections, requirements, the table of games."""
 
 import csv
+import math
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -66,14 +68,55 @@ def test_games_are_the_benchmarks():
     assert atc.parse_game("UpNDown") == atc.parse_game("up_n_down") == "up_n_down"
 
 
-def test_defaults_are_the_papers():
-    args = load("pretrain_atc.py").Args()
-    assert (args.total_steps, args.batch_size, args.learning_rate, args.weight_decay) == (1_953_125, 512, 3e-4, 1e-5)
-    assert (args.betas, args.adam_eps, args.max_grad_norm) == ((0.9, 0.999), 1e-8, 0.5)
-    assert (args.future_offset, args.temperature) == (3, 1.0)
-    assert (args.runs, args.checkpoints, args.rows_per_checkpoint) == ((1, 2), tuple(range(1, 11)), 10_000)
+CONVOLUTIONAL = {"weight_decay": 1e-5, "betas": (0.9, 0.999), "max_grad_norm": 0.5, "batch_size": 512}
+MASKED = {
+    "weight_decay": 0.05,
+    "betas": (0.9, 0.95),
+    "max_grad_norm": math.inf,
+    "batch_size": 512,
+    "learning_rate": 3e-4,
+}
+DEFAULTS = {
+    "curl": CONVOLUTIONAL | {"learning_rate": 3e-6, "temperature": 1.0},
+    "atc": CONVOLUTIONAL | {"learning_rate": 3e-4, "temperature": 1.0, "future_offset": 3},
+    "mae": MASKED | {"mask_ratio": 0.9},
+    "siammae": MASKED | {"mask_ratio": 0.95, "max_future_offset": 3},
+    "bc": CONVOLUTIONAL | {"learning_rate": 1e-4},
+    "spr": CONVOLUTIONAL | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4},
+    "idm": CONVOLUTIONAL | {"learning_rate": 3e-4},
+}
+
+
+@pytest.mark.parametrize("objective", DEFAULTS)
+def test_defaults_are_the_papers(objective):
+    args = load(f"pretrain_{objective}.py").Args()
+    expected = DEFAULTS[objective] | {"total_steps": 1_953_125, "adam_eps": 1e-8, "rows_per_checkpoint": 10_000}
+    expected |= {"runs": (1, 2), "checkpoints": tuple(range(1, 11)), "blocks": (3, 4, 6, 3), "width_multiplier": 1.0}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_defaults_of_fine_tuning_are_the_papers():
     args = load("finetune_bc.py").Args("pong")
     assert (args.epochs, args.batch_size, args.learning_rate, args.weight_decay) == (100, 512, 1e-3, 1e-4)
     assert (args.betas, args.max_grad_norm, args.epsilon) == ((0.9, 0.999), 0.5, 0.001)
     assert (args.runs, args.checkpoints, args.num_transitions) == ((1, 2, 3, 4, 5), (50,), 50_000)
     assert (args.eval_episodes, args.max_episode_steps, args.freeze_backbone) == (100, 27_000, True)
+
+
+def changed_lines(script: str) -> int:
+    """What `diff pretrain_atc.py SCRIPT` shows, both sides."""
+    shown = subprocess.run(["diff", ROOT / "pretrain_atc.py", ROOT / script], capture_output=True, text=True).stdout
+    return sum(line.startswith(("<", ">")) for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("objective", "most"), [("curl", 80), ("bc", 120), ("idm", 120), ("mae", 300), ("siammae", 300), ("spr", 300)]
+)
+def test_a_diff_is_the_difference_between_two_papers(objective, most):
+    assert 0 < changed_lines(f"pretrain_{objective}.py") <= most
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.startswith("pretrain_")])
+def test_readme_tells_the_lines_of_each_objective(script):
+    row = re.search(rf"^\| `{script}` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert row and int(row[1]) == (ROOT / script).read_text().count("\n")
