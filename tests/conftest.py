@@ -26,7 +26,8 @@ def load(script: str):
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"} | changes
+    keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # freed memory is used again: faster
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"} | keep_memory | changes
 
 
 def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
