@@ -621,7 +621,8 @@ def finetune(args: Args) -> None:
     print(f"{game}: {method}, seed {args.seed}, on {data.size:,} transitions; run: {run_dir}", flush=True)
 
     steps = range(args.epochs * data.batches)
-    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
+    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     stops = signal.SIGINT, signal.SIGTERM
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
@@ -637,10 +638,10 @@ def finetune(args: Args) -> None:
             logits = model(augment(stack_frames(batch["frames"], batch["starts"])).squeeze(1))  # [b, 18]
         action = batch["action"][:, -1].long()  # [b]
         loss = F.cross_entropy(logits.float(), action)
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
+        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
         accuracy = (logits.argmax(1) == action).float().mean()
         recent.append(torch.stack([loss.detach(), grad_norm, accuracy]))
         images += len(action)

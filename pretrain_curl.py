@@ -12,6 +12,8 @@ copies of f and g:
     q_i = h(g(f(o_i)))      query, one view              c_i = g'(f'(o'_i))      key, the other view of the same stack
     loss = -mean_i log( exp(q_i . c_i / T) / sum_j exp(q_i . c_j / T) )
 
+(The paper compares by q' W c, and its views are random crops; in the benchmark h takes W's place, on the query alone.)
+
     python pretrain_curl.py                                  # plays a small replay itself and trains on it
     python pretrain_curl.py --data-dir /data/dqn_replay      # the benchmark: 50 games, 10M frames, 100 epochs
     torchrun --nproc-per-node 8 pretrain_curl.py --data-dir /data/dqn_replay
@@ -556,7 +558,8 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        pictures = objective.pictures(on_device(data[0], device)) if hasattr(objective, "pictures") else {}
+        few = {name: values[:8] for name, values in on_device(data[0], device).items()}
+        pictures = objective.pictures(few) if hasattr(objective, "pictures") else {}
         for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
@@ -624,8 +627,8 @@ def train(args: Args) -> None:
     for number in stops:
         signal.signal(number, lambda number, _: signals.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
-    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
+    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
+    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
@@ -644,11 +647,13 @@ def train(args: Args) -> None:
             group["lr"] = lr
         with precision:
             loss, metrics = model(on_device(batch, device))
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        charts = {"learning_rate": lr} | objective.update_target(step)
+        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
+        charts = {"learning_rate": lr}
+        if hasattr(objective, "update_target"):
+            charts |= objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
 

@@ -3,7 +3,7 @@
 # dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
 #   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
 # ///
-"""MAE, a masked autoencoder (He et al., arXiv 2111.06377), here on the Atari-PB's ResNet-50 (2406.06037).
+"""MAE, a masked autoencoder (He et al., arXiv 2111.06377), here on Atari-PB's ResNet-50 (2406.06037).
 
 Of a stack of frames as the ResNet-50 sees it, 6 x 6 cells, 90% are hidden; from the rest all pixels are reconstructed.
 With f the ResNet-50, p a random choice of 3 cells, o a stack, o~ its augmentation (shifted, scaled):
@@ -12,6 +12,8 @@ With f the ResNet-50, p a random choice of 3 cells, o a stack, o~ its augmentati
     z = Encoder([cls, x_p])                                                       a transformer over the few seen
     y = Decoder(z at their places, a mask token at all others, plus positions)    a transformer over all
     loss = mean over all pixels of (y - o)^2
+
+(The paper hides 75% of the patches from the whole encoder, and its loss is on those alone.)
 
     python pretrain_mae.py                                  # plays a small replay itself and trains on it
     python pretrain_mae.py --data-dir /data/dqn_replay      # the benchmark: 50 games, 10M frames, 100 epochs
@@ -60,7 +62,7 @@ class Args:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates for the means of the gradient and of its square
     adam_eps: float = 1e-8  # AdamW's term against division by zero
     max_grad_norm: float = math.inf  # gradients are scaled down to this L2 norm; inf leaves them alone
-    mask_ratio: float = 0.9  # of the 36 cells, how many are hidden
+    mask_ratio: float = 0.9  # the share of the 36 cells that is hidden
     width_multiplier: float = 1.0  # of the ResNet's channels, for ablations and small machines
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; 3 4 6 3 is the ResNet-50
 
@@ -410,15 +412,14 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 
 
 # === transformer [shared] =============================================================================================
-def sin_cos_position(side: int, channels: int) -> torch.Tensor:
-    """Fixed codes of a grid's cells, row by row: half of the channels for the column, half for the row.
+def sin_cos_position() -> torch.Tensor:
+    """Fixed codes of the 6 x 6 cells, row by row: 256 channels for the column, 256 for the row -> [36, 512]
 
-    Each half is [sin, cos] of the coordinate at the frequencies 1 / 10000^(i / (channels/4)) -> [side * side, channels]
+    Each is [sin, cos] of the coordinate at 128 frequencies, 1 / 10000^(i/128).
     """
-    frequencies = 10000 ** -(torch.arange(channels // 4) / (channels // 4))
-    angles = torch.arange(side)[:, None] * frequencies  # [side, channels/4]
-    codes = torch.cat([angles.sin(), angles.cos()], 1)  # [side, channels/2]
-    return torch.cat([codes.repeat(side, 1), codes.repeat_interleave(side, 0)], 1)
+    angles = torch.arange(6)[:, None] * 10000 ** -(torch.arange(128) / 128)  # [6, 128]
+    codes = torch.cat([angles.sin(), angles.cos()], 1)  # [6, 256]
+    return torch.cat([codes.repeat(6, 1), codes.repeat_interleave(6, 0)], 1)
 
 
 def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -459,7 +460,7 @@ class Encoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 512))
         self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(4))), nn.LayerNorm(512)
-        self.register_buffer("position", sin_cos_position(6, 512), persistent=False)  # [36, 512]
+        self.register_buffer("position", sin_cos_position(), persistent=False)
 
     def tokens(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         """maps [b, c, 6, 6], game_id [b] -> [b, 36, 512]"""
@@ -480,7 +481,7 @@ class Decoder(nn.Module):
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(512)
         self.recon_weight = nn.Parameter(torch.randn(games, 512, 784) * (2 / math.sqrt(512 + 784)))
         self.recon_bias = nn.Parameter(torch.zeros(games, 784))
-        self.register_buffer("position", F.pad(sin_cos_position(6, 512), (0, 0, 1, 0)), persistent=False)  # 0 for cls
+        self.register_buffer("position", F.pad(sin_cos_position(), (0, 0, 1, 0)), persistent=False)  # cls: 0
 
     def tokens(self, encoded: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """The decoder's tokens from those encoded, [b, 1 + n, 512], with `rank` [b, 36] as of `mask` -> [b, 37, 512]"""
@@ -541,8 +542,8 @@ def pixel_loss(pixels: torch.Tensor, target: torch.Tensor, masked: torch.Tensor)
 
 
 def picture(*columns: torch.Tensor) -> torch.Tensor:
-    """The last frames of the first 8 stacks [b, 4, 84, 84] in [0, 1], a column each -> [1, 8 * 84, columns * 84]"""
-    return torch.cat([stacks[:8, -1].flatten(0, 1) for stacks in columns], 1).clamp(0, 1)[None]
+    """The last frames of stacks [b, 4, 84, 84] in [0, 1], a column each -> [1, b * 84, columns * 84]"""
+    return torch.cat([stacks[:, -1].flatten(0, 1) for stacks in columns], 1).clamp(0, 1)[None]
 
 
 # === objective: MAE ===================================================================================================
@@ -555,7 +556,7 @@ class MAE(nn.Module):
         self.keep = max(1, int(36 * (1 - args.mask_ratio)))  # cells seen
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
         self.neck = Encoder(self.backbone.channels, len(TABLE_GAMES))
-        self.head = Decoder(len(TABLE_GAMES), [Block() for _ in range(3)])
+        self.head = Decoder(len(TABLE_GAMES), [Block() for _ in range(3)])  # with the layer for each game
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and metrics of a batch of `Windows`."""
@@ -564,9 +565,9 @@ class MAE(nn.Module):
 
     def reconstruct(self, obs, game_id, noise=None):
         """obs [b, 4, 84, 84] -> pixels [b, 4, 84, 84], which of them were masked [b, 1, 84, 84]"""
-        seen, rank = mask(self.neck.tokens(self.backbone(obs), game_id), self.keep, noise)  # x_p [b, 3, 512]
-        z = self.head.tokens(self.neck(seen), rank)  # [b, 37, 512]
-        return self.head(z, game_id), pixel_mask(rank, self.keep)
+        seen, rank = mask(self.neck.tokens(self.backbone(obs), game_id), self.keep, noise)  # x_p [b, keep, 512]
+        tokens = self.head.tokens(self.neck(seen), rank)  # z at their places, mask tokens at others [b, 37, 512]
+        return self.head(tokens, game_id), pixel_mask(rank, self.keep)
 
     def loss(self, obs, target, game_id, noise=None):
         pixels, masked = self.reconstruct(obs, game_id, noise)
@@ -576,9 +577,6 @@ class MAE(nn.Module):
         stacks = stack_frames(batch["frames"], batch["starts"]).squeeze(1) / 255  # [b, 4, 84, 84]
         pixels, masked = self.reconstruct(stacks, batch["game_id"])
         return {"input_masked_reconstruction": picture(stacks, stacks.masked_fill(masked, 0.5), pixels)}
-
-    def update_target(self, step: int) -> dict[str, float]:
-        return {}  # there is no momentum network
 
 
 Objective = MAE  # what the training loop below builds
@@ -636,7 +634,8 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        pictures = objective.pictures(on_device(data[0], device)) if hasattr(objective, "pictures") else {}
+        few = {name: values[:8] for name, values in on_device(data[0], device).items()}
+        pictures = objective.pictures(few) if hasattr(objective, "pictures") else {}
         for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
@@ -704,8 +703,8 @@ def train(args: Args) -> None:
     for number in stops:
         signal.signal(number, lambda number, _: signals.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
-    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
+    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
+    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
@@ -724,11 +723,13 @@ def train(args: Args) -> None:
             group["lr"] = lr
         with precision:
             loss, metrics = model(on_device(batch, device))
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        charts = {"learning_rate": lr} | objective.update_target(step)
+        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
+        charts = {"learning_rate": lr}
+        if hasattr(objective, "update_target"):
+            charts |= objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
 

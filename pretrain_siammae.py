@@ -11,8 +11,10 @@ choice of 1 cell, k a random offset, o_s a stack, o~_s its augmentation (shifted
 
     x_s = cells of f(o~_s), each through an MLP, plus its position                36 tokens
     z = Encoder([cls, x_{s+k,p}]),  m = Encoder([cls, x_s])                       a transformer over each set of tokens
-    y = Decoder(z at their places, mask tokens at all others; m)                  attends to m, then to itself
+    y = Decoder(z at their places, mask tokens at all others; m at theirs)        attends to m, then to itself
     loss = mean over all pixels of (sigmoid(y) - o_{s+k})^2
+
+(The paper hides patches from the whole encoder, its frames are further apart, its loss is on the hidden patches alone.)
 
     python pretrain_siammae.py                                  # plays a small replay itself and trains on it
     python pretrain_siammae.py --data-dir /data/dqn_replay      # the benchmark: 50 games, 10M frames, 100 epochs
@@ -62,7 +64,7 @@ class Args:
     adam_eps: float = 1e-8  # AdamW's term against division by zero
     max_grad_norm: float = math.inf  # gradients are scaled down to this L2 norm; inf leaves them alone
     max_future_offset: int = 3  # the later stack is a uniformly random one of these next steps
-    mask_ratio: float = 0.95  # of the later stack's 36 cells, how many are hidden
+    mask_ratio: float = 0.95  # the share of the later stack's 36 cells that is hidden
     width_multiplier: float = 1.0  # of the ResNet's channels, for ablations and small machines
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; 3 4 6 3 is the ResNet-50
 
@@ -412,15 +414,14 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 
 
 # === transformer [shared] =============================================================================================
-def sin_cos_position(side: int, channels: int) -> torch.Tensor:
-    """Fixed codes of a grid's cells, row by row: half of the channels for the column, half for the row.
+def sin_cos_position() -> torch.Tensor:
+    """Fixed codes of the 6 x 6 cells, row by row: 256 channels for the column, 256 for the row -> [36, 512]
 
-    Each half is [sin, cos] of the coordinate at the frequencies 1 / 10000^(i / (channels/4)) -> [side * side, channels]
+    Each is [sin, cos] of the coordinate at 128 frequencies, 1 / 10000^(i/128).
     """
-    frequencies = 10000 ** -(torch.arange(channels // 4) / (channels // 4))
-    angles = torch.arange(side)[:, None] * frequencies  # [side, channels/4]
-    codes = torch.cat([angles.sin(), angles.cos()], 1)  # [side, channels/2]
-    return torch.cat([codes.repeat(side, 1), codes.repeat_interleave(side, 0)], 1)
+    angles = torch.arange(6)[:, None] * 10000 ** -(torch.arange(128) / 128)  # [6, 128]
+    codes = torch.cat([angles.sin(), angles.cos()], 1)  # [6, 256]
+    return torch.cat([codes.repeat(6, 1), codes.repeat_interleave(6, 0)], 1)
 
 
 def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -461,7 +462,7 @@ class Encoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 512))
         self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(4))), nn.LayerNorm(512)
-        self.register_buffer("position", sin_cos_position(6, 512), persistent=False)  # [36, 512]
+        self.register_buffer("position", sin_cos_position(), persistent=False)
 
     def tokens(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         """maps [b, c, 6, 6], game_id [b] -> [b, 36, 512]"""
@@ -482,7 +483,7 @@ class Decoder(nn.Module):
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(512)
         self.recon_weight = nn.Parameter(torch.randn(games, 512, 784) * (2 / math.sqrt(512 + 784)))
         self.recon_bias = nn.Parameter(torch.zeros(games, 784))
-        self.register_buffer("position", F.pad(sin_cos_position(6, 512), (0, 0, 1, 0)), persistent=False)  # 0 for cls
+        self.register_buffer("position", F.pad(sin_cos_position(), (0, 0, 1, 0)), persistent=False)  # cls: 0
 
     def tokens(self, encoded: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """The decoder's tokens from those encoded, [b, 1 + n, 512], with `rank` [b, 36] as of `mask` -> [b, 37, 512]"""
@@ -543,8 +544,8 @@ def pixel_loss(pixels: torch.Tensor, target: torch.Tensor, masked: torch.Tensor)
 
 
 def picture(*columns: torch.Tensor) -> torch.Tensor:
-    """The last frames of the first 8 stacks [b, 4, 84, 84] in [0, 1], a column each -> [1, 8 * 84, columns * 84]"""
-    return torch.cat([stacks[:8, -1].flatten(0, 1) for stacks in columns], 1).clamp(0, 1)[None]
+    """The last frames of stacks [b, 4, 84, 84] in [0, 1], a column each -> [1, b * 84, columns * 84]"""
+    return torch.cat([stacks[:, -1].flatten(0, 1) for stacks in columns], 1).clamp(0, 1)[None]
 
 
 # === objective: SiamMAE ===============================================================================================
@@ -579,18 +580,18 @@ class SiamMAE(nn.Module):
         return self.loss(augment(obs).squeeze(1), augment(next_obs).squeeze(1), target, batch["game_id"])
 
     def pairs(self, batch):
-        stacks = stack_frames(batch["frames"], batch["starts"])  # [b, 4, 4, 84, 84]
+        stacks = stack_frames(batch["frames"], batch["starts"])  # [b, 1 + largest k, 4, 84, 84]
         offset = torch.randint(1, stacks.shape[1], (WORLD_SIZE * len(stacks),), device=stacks.device)  # k
         return stacks[:, :1], stacks[torch.arange(len(stacks), device=stacks.device), own_part(offset)][:, None]
 
     def reconstruct(self, obs, next_obs, game_id, noise=None):
         """obs, next_obs [b, 4, 84, 84] -> pixels of next_obs, which of them were masked [b, 1, 84, 84]"""
         x, next_x = self.neck.tokens(self.backbone(torch.cat([obs, next_obs])), game_id.repeat(2)).chunk(2)
-        seen, rank = mask(next_x, self.keep, noise)  # x_{s+k,p} [b, 1, 512]
+        seen, rank = mask(next_x, self.keep, noise)  # x_{s+k,p} [b, keep, 512]
         places = torch.arange(36, device=rank.device).expand_as(rank)
-        memory = self.head.tokens(self.neck(x), places)  # m [b, 37, 512]
-        z = self.head.tokens(self.neck(seen), rank)  # [b, 37, 512]
-        return self.head(z, game_id, memory).sigmoid(), pixel_mask(rank, self.keep)
+        memory = self.head.tokens(self.neck(x), places)  # m at their places [b, 37, 512]
+        tokens = self.head.tokens(self.neck(seen), rank)  # z at their places, mask tokens at others [b, 37, 512]
+        return self.head(tokens, game_id, memory).sigmoid(), pixel_mask(rank, self.keep)
 
     def loss(self, obs, next_obs, target, game_id, noise=None):
         pixels, masked = self.reconstruct(obs, next_obs, game_id, noise)
@@ -601,9 +602,6 @@ class SiamMAE(nn.Module):
         pixels, masked = self.reconstruct(obs, next_obs, batch["game_id"])
         columns = obs, next_obs, next_obs.masked_fill(masked, 0.5), pixels
         return {"input_future_masked_reconstruction": picture(*columns)}
-
-    def update_target(self, step: int) -> dict[str, float]:
-        return {}  # there is no momentum network
 
 
 Objective = SiamMAE  # what the training loop below builds
@@ -661,7 +659,8 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        pictures = objective.pictures(on_device(data[0], device)) if hasattr(objective, "pictures") else {}
+        few = {name: values[:8] for name, values in on_device(data[0], device).items()}
+        pictures = objective.pictures(few) if hasattr(objective, "pictures") else {}
         for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
@@ -729,8 +728,8 @@ def train(args: Args) -> None:
     for number in stops:
         signal.signal(number, lambda number, _: signals.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
-    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
+    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
+    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
@@ -749,11 +748,13 @@ def train(args: Args) -> None:
             group["lr"] = lr
         with precision:
             loss, metrics = model(on_device(batch, device))
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        charts = {"learning_rate": lr} | objective.update_target(step)
+        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
+        charts = {"learning_rate": lr}
+        if hasattr(objective, "update_target"):
+            charts |= objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
 

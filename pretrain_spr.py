@@ -483,15 +483,15 @@ class Predictor(GameLinear):
     def __init__(self, games: int):
         super().__init__(games, 512, 512)  # h
         self.action_embed = nn.Parameter(torch.randn(games * 18, 18))  # e
-        self.transition = nn.RNN(18, 512)  # W, U and their biases; unrolled below, as torch.compile has no RNN
+        self.transition = nn.ParameterDict(nn.RNN(18, 512).named_parameters())  # W, U, b, d; torch.compile has no RNN
 
     def forward(self, z: torch.Tensor, action: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         rnn = self.transition
         actions = F.embedding(18 * game_id[:, None] + action, self.action_embed)  # [b, K, 18]
-        inputs = F.linear(actions, rnn.weight_ih_l0, rnn.bias_ih_l0)  # [b, K, 512]
+        inputs = F.linear(actions, rnn["weight_ih_l0"], rnn["bias_ih_l0"])  # [b, K, 512]
         states = []
         for x in inputs.unbind(1):
-            z = torch.tanh(x + F.linear(z, rnn.weight_hh_l0, rnn.bias_hh_l0))  # [b, 512]
+            z = torch.tanh(x + F.linear(z, rnn["weight_hh_l0"], rnn["bias_hh_l0"]))  # [b, 512]
             states.append(z)
         return super().forward(torch.stack(states, 1).flatten(0, 1), game_id.repeat_interleave(action.shape[1]))
 
@@ -582,7 +582,8 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
     results = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        pictures = objective.pictures(on_device(data[0], device)) if hasattr(objective, "pictures") else {}
+        few = {name: values[:8] for name, values in on_device(data[0], device).items()}
+        pictures = objective.pictures(few) if hasattr(objective, "pictures") else {}
         for i in range(max(1, min(samples // data.batch_size, data.batches))):
             loss, metrics = objective(on_device(data[i], device))
             results.append(torch.stack([loss, *metrics.values()]))
@@ -650,8 +651,8 @@ def train(args: Args) -> None:
     for number in stops:
         signal.signal(number, lambda number, _: signals.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
-    options = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    options["generator"] = torch.Generator()  # else it draws from the generator of the augmentation
+    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
+    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
@@ -670,11 +671,13 @@ def train(args: Args) -> None:
             group["lr"] = lr
         with precision:
             loss, metrics = model(on_device(batch, device))
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        charts = {"learning_rate": lr} | objective.update_target(step)
+        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
+        charts = {"learning_rate": lr}
+        if hasattr(objective, "update_target"):
+            charts |= objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
 

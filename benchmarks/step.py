@@ -94,14 +94,15 @@ def measure(name: str, plain: bool, cache: Path) -> dict:
         batch = module.on_device(data[i], device)
         with record_function("forward"), precision:
             loss, _ = objective(batch)
-        optimizer.zero_grad()
         loss.backward()
         with record_function("clip"):
             torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         with record_function("optimizer"):
             optimizer.step()
+        optimizer.zero_grad()
         with record_function("momentum"):
-            objective.update_target(i)
+            if hasattr(objective, "update_target"):
+                objective.update_target(i)
 
     for i in range(WARM_UP):
         step(i)

@@ -299,3 +299,13 @@ def test_majority_is_the_commonest_action_so_far():
         _, metrics = action_loss(logits, torch.tensor([5, 4, 1, 0]), ~keep | keep, game_id)
     assert metrics["accuracy"].item() == metrics["majority_accuracy"].item() == 0.5
     assert action_loss.counts.sum() == 3 and action_loss.counts[7, 5] == 2 and action_loss.counts[8, 1] == 1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_compiles_without_a_graph_break(name):
+    """As on GPUs by default; "eager" runs the one graph that was captured, forward and backward."""
+    torch._dynamo.reset()
+    objective = modules[name].Objective(modules[name].Args(**TINY))
+    loss, _ = torch.compile(objective, backend="eager", fullgraph=True)(window_batch(objective.length))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.head.parameters())
