@@ -160,18 +160,7 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
-# === data [shared] ====================================================================================================
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
-HISTORY = 3  # rows of a stack of 4 frames before its own row
-PADDING = 3  # blank rows before every episode in DQN Replay files
-REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
-FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
-ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
-
-
+# === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
     """Turns whatever goes wrong with what has that name, a file, into one line that names it and says what to do."""
@@ -181,11 +170,29 @@ def clear_errors(name: Path | str, advice: str):
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
 
 
+# === processes [shared] ===============================================================================================
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+
+
+# === replay files [shared] ============================================================================================
+HISTORY = 3  # rows of a stack of 4 frames before its own row
+PADDING = 3  # blank rows before every episode in DQN Replay files
+REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
+
+
 def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
     """Where a replay checkpoint's files are: as the bucket has them, or as Atari-PB's and SGI's download scripts do."""
     folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
     layouts = (f"{run}/replay_logs/$store$_{{}}_ckpt.{checkpoint}.gz", f"{{}}_{run}_{checkpoint}.gz")
     return [[folder / layout.format(field) for field in REPLAY.names] for layout in layouts]
+
+
+# === data [shared] ====================================================================================================
+TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
+FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
+ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
 
 
 def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
@@ -447,7 +454,7 @@ class GameLinear(nn.Module):
         return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
-# === device and schedule [shared] =====================================================================================
+# === device [shared] ==================================================================================================
 def find_device(name: str) -> torch.device:
     """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
     with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
@@ -466,6 +473,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
 
 
+# === learning-rate schedule [shared] ==================================================================================
 def lr_multiplier(step: int, total_steps: int) -> float:
     """Of the learning rate: linearly from 0.1 to 1 in the first 10% of all steps, then a cosine down to 0.1."""
     warm_up = 0.1 * total_steps
@@ -491,6 +499,16 @@ def load_backbone(backbone: nn.Module, path: Path) -> str:
         raise SystemExit(f"{path} has another network ({found}): set --width-multiplier and --blocks as in its run.")
     backbone.load_state_dict(state)
     return content.get("objective", path.stem)
+
+
+def make_backbone(args) -> tuple[ResNet, str]:
+    """The backbone that the arguments ask for, initialised or loaded, and the method's name in the results."""
+    backbone = ResNet(args.width_multiplier, args.blocks)
+    if args.checkpoint:
+        method = load_backbone(backbone, args.checkpoint) + ("" if args.freeze_backbone else "_e2e")
+    else:
+        method = "random" if args.freeze_backbone else "e2e"
+    return backbone.requires_grad_(not args.freeze_backbone), args.method or method  # frozen, autograd leaves it out
 
 
 # === evaluation [shared] ==============================================================================================
@@ -531,7 +549,50 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)
 
 
-# === results [shared] =================================================================================================
+# === runs and results [shared] ========================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not getattr(args, name) >= least:  # which NaN is not, either
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+def find_run(args, suite: str, method: str, game: str) -> tuple[Path, Path, dict]:
+    """Paths of the result and of the run's folder, and the arguments in plain types.
+
+    Ends the program if the result is there already; with an error, if it or the run had other arguments.
+    """
+    if WORLD_SIZE > 1:
+        raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
+    if method != Path(method).name or method == "..":
+        raise SystemExit(f"--method must be the plain name of a folder, not {method}.")
+    result = args.results / suite / method / game / f"seed{args.seed}.json"
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{method}__{game}__{args.seed}"
+    plain_args = json.loads(json.dumps(asdict(args), default=str))
+    for path in [path for path in (result, run_dir / "args.json") if path.exists() and not args.overwrite]:
+        with clear_errors(path, "To make it again: --overwrite"):
+            then = json.loads(path.read_text())
+            then = then.get("args", then)
+        changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
+        if changed:
+            raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
+    if result.exists() and not args.overwrite:
+        print(f"{result} is there already. To make it again: --overwrite")
+        raise SystemExit
+    return result, run_dir, plain_args
+
+
+def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
+    """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
+    with atomic_write(run_dir / "args.json") as file:
+        file.write(json.dumps(plain_args, indent=2).encode())
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+    return writer
+
+
 def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     """Writes the result of a fine-tuning, at its end, to <results>/<suite>/<method>/<game>/seed<k>.json."""
     result = {"suite": path.parts[-4], "method": path.parts[-3], "game": game}
@@ -551,9 +612,9 @@ FREE_ARGS = "data_dir cache_dir num_workers device compile results overwrite log
 class Policy(nn.Module):
     """Stacks [b, 4, 84, 84] in [0, 1] -> logits [b, 18], of which a game uses the first"""
 
-    def __init__(self, backbone: ResNet, freeze_backbone: bool):
+    def __init__(self, backbone: ResNet):
         super().__init__()
-        self.backbone = backbone.requires_grad_(not freeze_backbone)  # f; frozen, autograd leaves it out
+        self.backbone = backbone  # f
         self.neck = Neck(backbone.channels, games=1)  # g
         self.head = GameLinear(1, 512, 18)  # h
 
@@ -563,37 +624,15 @@ class Policy(nn.Module):
 
 
 def finetune(args: Args) -> None:
-    if WORLD_SIZE > 1:
-        raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
-    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm epsilon".split()
-    at_least_1 = "epochs batch_size num_transitions play_rows eval_episodes max_episode_steps log_every".split()
-    for name in at_least_0 + at_least_1:
-        if not getattr(args, name) >= (name in at_least_1):  # which NaN is not, either
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}.")
+    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm epsilon"
+    at_least_1 = "epochs batch_size num_transitions play_rows eval_episodes max_episode_steps log_every"
+    check_numbers(args, at_least_0, at_least_1)
     if not all(0 <= beta < 1 for beta in args.betas) or args.epsilon > 1:
         raise SystemExit("--betas must be at least 0 and below 1, --epsilon at most 1.")
-    if args.method != Path(args.method).name or args.method == "..":
-        raise SystemExit(f"--method must be the plain name of a folder, not {args.method}.")
     game, device = parse_game(args.game), find_device(args.device)
     torch.manual_seed(args.seed)
-    backbone = ResNet(args.width_multiplier, args.blocks)
-    method = "random" if args.freeze_backbone else "e2e"
-    if args.checkpoint:
-        method = load_backbone(backbone, args.checkpoint) + ("" if args.freeze_backbone else "_e2e")
-    method = args.method or method
-    result = args.results / "bc" / method / game / f"seed{args.seed}.json"
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{method}__{game}__{args.seed}"
-    plain_args = json.loads(json.dumps(asdict(args), default=str))
-    for path in [path for path in (result, run_dir / "args.json") if path.exists() and not args.overwrite]:
-        with clear_errors(path, "To make it again: --overwrite"):
-            then = json.loads(path.read_text())
-            then = then.get("args", then)
-        changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
-        if changed:
-            raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
-    if result.exists() and not args.overwrite:
-        print(f"{result} is there already. To make it again: --overwrite")
-        return
+    backbone, method = make_backbone(args)
+    result, run_dir, plain_args = find_run(args, "bc", method, game)
 
     # The game's data, the policy and its optimizer.
     shards = prepare(args, (game,), args.num_transitions // max(len(args.runs) * len(args.checkpoints), 1))
@@ -604,7 +643,7 @@ def finetune(args: Args) -> None:
         if (most := open_shard(path)["fields"]["action"].max()) >= num_actions:
             raise SystemExit(f"{path} has action {most}, but {game} only {num_actions} actions: another game's data?")
     data = Windows(shards, HISTORY + 1, args.batch_size, args.seed, "all")
-    policy = Policy(backbone, args.freeze_backbone).to(device, memory_format=torch.channels_last)
+    policy = Policy(backbone).to(device, memory_format=torch.channels_last)
     model = torch.compile(policy) if args.compile else policy
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     adam = dict(lr=args.learning_rate, betas=args.betas, eps=args.adam_eps, weight_decay=args.weight_decay)
@@ -613,11 +652,7 @@ def finetune(args: Args) -> None:
 
     # An unfinished run of the same arguments starts afresh.
     shutil.rmtree(run_dir, ignore_errors=True)
-    with atomic_write(run_dir / "args.json") as file:
-        file.write(json.dumps(plain_args, indent=2).encode())
-    writer = SummaryWriter(run_dir)
-    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+    writer = open_writer(run_dir, plain_args, 0)
     print(f"{game}: {method}, seed {args.seed}, on {data.size:,} transitions; run: {run_dir}", flush=True)
 
     steps = range(args.epochs * data.batches)

@@ -124,18 +124,7 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
-# === data [shared] ====================================================================================================
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
-HISTORY = 3  # rows of a stack of 4 frames before its own row
-PADDING = 3  # blank rows before every episode in DQN Replay files
-REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
-FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
-ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
-
-
+# === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
     """Turns whatever goes wrong with what has that name, a file, into one line that names it and says what to do."""
@@ -145,11 +134,29 @@ def clear_errors(name: Path | str, advice: str):
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
 
 
+# === processes [shared] ===============================================================================================
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+
+
+# === replay files [shared] ============================================================================================
+HISTORY = 3  # rows of a stack of 4 frames before its own row
+PADDING = 3  # blank rows before every episode in DQN Replay files
+REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
+
+
 def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
     """Where a replay checkpoint's files are: as the bucket has them, or as Atari-PB's and SGI's download scripts do."""
     folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
     layouts = (f"{run}/replay_logs/$store$_{{}}_ckpt.{checkpoint}.gz", f"{{}}_{run}_{checkpoint}.gz")
     return [[folder / layout.format(field) for field in REPLAY.names] for layout in layouts]
+
+
+# === data [shared] ====================================================================================================
+TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
+FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
+ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
 
 
 def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
@@ -411,7 +418,7 @@ class GameLinear(nn.Module):
         return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
-# === device and schedule [shared] =====================================================================================
+# === device [shared] ==================================================================================================
 def find_device(name: str) -> torch.device:
     """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
     with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
@@ -430,6 +437,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
 
 
+# === learning-rate schedule [shared] ==================================================================================
 def lr_multiplier(step: int, total_steps: int) -> float:
     """Of the learning rate: linearly from 0.1 to 1 in the first 10% of all steps, then a cosine down to 0.1."""
     warm_up = 0.1 * total_steps

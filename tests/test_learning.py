@@ -191,7 +191,7 @@ def test_cloned_behaviour_predicts_unseen_actions(tmp_path):
     run("finetune_bc.py", "--game", "pong", *FLAGS, *data, *short, cwd=tmp_path)
 
     torch.manual_seed(0)  # as the script: the same random backbone
-    policy = bc.Policy(bc.ResNet(**NETWORK), freeze_backbone=True)
+    policy = bc.Policy(bc.ResNet(**NETWORK).requires_grad_(False))
     saved = torch.load(tmp_path / "runs" / "finetune_bc__random__pong__0" / "policy.pt", weights_only=True)
     policy.neck.load_state_dict(saved["neck"])
     policy.head.load_state_dict(saved["head"])

@@ -96,7 +96,7 @@ def test_fine_tuning_policy_is_the_golden_network_for_one_game():
     backbone = bc.ResNet(1.0, (3, 4, 6, 3))
     parts = {"backbone": backbone, "neck": bc.Neck(2048, 60), "head": bc.GameLinear(60, 512, 18)}
     fill(parts, numbers)
-    policy = bc.Policy(backbone, freeze_backbone=True)
+    policy = bc.Policy(backbone.requires_grad_(False))
     row = {name: x[17:18] if name == "spatial_embed" else x for name, x in parts["neck"].state_dict().items()}
     policy.neck.load_state_dict(row)
     policy.head.load_state_dict({name: x[17:18] for name, x in parts["head"].state_dict().items()})
