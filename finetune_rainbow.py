@@ -812,7 +812,7 @@ def finetune(args: Args) -> None:
             if (found := json.loads(owner_file.read_text())) != owner:
                 raise ValueError(f"the frames there belong to {found}")
     resume = checkpoint.exists() and not args.overwrite
-    exports = {}  # first row and files of a replay checkpoint, by the step after which all rows that go there are played
+    exports = {}  # what to write of a replay checkpoint, by the step after which it has been played
     for n in range(args.total_steps // args.save_replay_every if args.save_replay else 0):
         first, files = n * args.save_replay_every, replay_layouts(args.save_replay, game, args.seed, n + 1)[0]
         exports[first + min(replay_rows(args), args.save_replay_every)] = first, replay_rows(args), files
@@ -934,7 +934,7 @@ def finetune(args: Args) -> None:
             recent, clock = [], time.perf_counter()
         if step in exports:
             replay.export(*exports[step])
-        if stops or step % args.save_every == 0 or step == args.total_steps:
+        if stops or step in exports or step % args.save_every == 0 or step == args.total_steps:
             save_checkpoint()
         if stops:
             bar.close()
