@@ -24,21 +24,25 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 # A network of a quarter of the width on 1,000 rows of random play a game: this shows that everything runs, no more.
 SMALL := --width-multiplier 0.25 --blocks 1 1 1 1
 PRETRAIN := --games ms_pacman breakout freeway road_runner --total-steps 150 --batch-size 64 --save-every 50
-FINETUNE := --epochs 8 --batch-size 64 --eval-episodes 4 --max-episode-steps 500
+EVALUATE := --eval-episodes 4 --max-episode-steps 500
+CLONE := --epochs 8 --batch-size 64 $(EVALUATE)
+RAINBOW := --total-steps 400 --learning-starts 200 --updates-per-step 0.25 --replay-capacity 400 --save-every 200 $(EVALUATE)
+CHECKPOINT := runs/pretrain_$(OBJECTIVE)__0/checkpoint.pt
 
 quickstart: $(VENV)/installed
 	mkdir -p quickstart
 	cd quickstart && $(RUN) ../pretrain_$(OBJECTIVE).py $(PRETRAIN) $(SMALL) --resume
 	cd quickstart && for game in ms_pacman pong; do for seed in 0 1; do \
-	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(FINETUNE) $(SMALL); \
-	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(FINETUNE) $(SMALL) \
-	    --checkpoint runs/pretrain_$(OBJECTIVE)__0/checkpoint.pt; \
+	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(CLONE) $(SMALL); \
+	  $(RUN) ../finetune_bc.py --game $$game --seed $$seed $(CLONE) $(SMALL) --checkpoint $(CHECKPOINT); \
+	  $(RUN) ../finetune_rainbow.py --game $$game --seed $$seed $(RAINBOW) $(SMALL); \
+	  $(RUN) ../finetune_rainbow.py --game $$game --seed $$seed $(RAINBOW) $(SMALL) --checkpoint $(CHECKPOINT); \
 	done; done
 	cd quickstart && $(RUN) ../eval_iqm.py --resamples 2000
 	@echo
 	@echo "Made in quickstart/: cache/ (games played at random), runs/ (checkpoint, TensorBoard logs), results/ (a score"
 	@echo "for each method, game and seed), reports/iqm.md, iqm.json and iqm.png (table and figure)."
-	@echo "The scores are a smoke test: a small network, a minute of training on random play, 4 short episodes."
+	@echo "The scores are a smoke test: a small network, a minute of training, 4 short episodes."
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest

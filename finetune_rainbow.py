@@ -9,11 +9,13 @@ On a frozen pre-trained ResNet-50 f, a fresh neck g and head h learn the distrib
 p(o, a) = softmax( h(g(f(o)))[a] ) over 51 atoms z from -10 to 10 (C51, 1707.06887). With Q = sum_j z_j p_j, ' for the
 target network (a moving average of the online one), transitions drawn in proportion to priority^0.5 (1511.05952):
 
-    G    = sum_{k<n} gamma^k sign(r_{s+k}), up to a lost life          n = 10 steps, gamma = 0.99
+    G    = sum_{k<n} gamma^k sign(r_{s+k})                             n = 10 steps, gamma = 0.99
     a*   = argmax_a Q(o_{s+n}, a)                                      double Q-learning (1509.06461)
     m    = projection onto z of the atoms G + gamma^n z, with the probabilities p'(o_{s+n}, a*)
     loss = mean_i w_i ( -sum_j m_j log p(o_s, a_s)_j )                 the bracket is the sample's new priority
     w_i  = (priority_i^0.5)^-beta / max, beta from 0.4 to 1
+
+Where an episode ends in the n steps, by a lost life, the game's end or its time-out, G ends, and the atoms are at G.
 
     python finetune_rainbow.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt
     python finetune_rainbow.py --game pong                            # baseline "random": a frozen random backbone
@@ -26,14 +28,15 @@ command continues a run that was cut off, from its last checkpoint, exactly. `--
 """
 
 import copy
+import fcntl
 import gzip
 import json
 import math
 import os
 import platform
-import shutil
 import signal
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -76,7 +79,7 @@ class Args:
     importance_exponent: float = 0.4  # beta at the first update, of the weights that correct for it; 1 at the last
     exploration_steps: int = 10_000  # agent steps from learning_starts on in which random actions become rarer
     exploration_final: float = 0.01  # probability of a random action after them
-    dueling: bool = False  # a value and an advantage stream in the head
+    dueling: bool = False  # a value and an advantage stream in the head, each a layer on the neck's hidden units
     noisy: bool = False  # noise in the weights of the head (and the Nature CNN's last layer) instead of random actions
 
     encoder: Literal["resnet", "nature"] = "resnet"  # the benchmark's ResNet-50, or DQN's small network, from scratch
@@ -498,18 +501,21 @@ def draw_noise(network: nn.Module) -> None:
 
 
 class Network(nn.Module):
-    """f, g and h. Maps, as f makes them of stacks -> logits of the return's atoms [b, actions, atoms]"""
+    """f, g and h. Maps, as f makes them of stacks -> logits of the return's atoms [b, actions, atoms]
+
+    f is called by Rainbow's `encode`, as one pass of it can serve several uses.
+    """
 
     def __init__(self, args: Args, backbone: nn.Module, actions: int):
         super().__init__()
-        self.shape, linear = (actions, args.atoms), NoisyLinear if args.noisy else nn.Linear
+        self.shape = (actions, args.atoms)
         self.backbone = backbone  # f
+        linear = NoisyLinear if args.noisy else nn.Linear
         if args.encoder == "nature":
             self.neck = nn.Sequential(nn.Flatten(), linear(64 * 7 * 7, 512), nn.ReLU())  # g
         else:
             self.neck = Neck(backbone.channels, games=1)
-        if args.encoder == "resnet" and not args.noisy:
-            linear = partial(GameLinear, 1)
+            linear = NoisyLinear if args.noisy else partial(GameLinear, 1)
         self.head = linear(512, actions * args.atoms)  # h
         self.value = linear(512, args.atoms) if args.dueling else None
 
@@ -519,7 +525,7 @@ class Network(nn.Module):
         x = self.neck(maps, game_id) if isinstance(self.neck, Neck) else self.neck(maps)  # [b, 512]
         streams = [h(x, game_id) if isinstance(h, GameLinear) else h(x) for h in (self.head, self.value) if h]
         logits = streams[0].unflatten(1, self.shape)
-        if self.value is not None:  # 1511.06581, equation 9
+        if self.value:  # 1511.06581, equation 9
             logits = logits - logits.mean(1, keepdim=True) + streams[1][:, None]
         return logits
 
@@ -548,7 +554,9 @@ class Rainbow(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         if self.frozen:
             self.target.backbone = backbone
-        self.discount = args.discount**args.n_steps
+        pairs = zip(self.online.parameters(), self.target.parameters(), strict=True)
+        self.learned, self.averages = zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True)
+        self.n_step_discount = args.discount**args.n_steps  # gamma^n
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z
 
     def q(self, logits: torch.Tensor) -> torch.Tensor:
@@ -558,6 +566,11 @@ class Rainbow(nn.Module):
     def act(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps of the target network's backbone -> its greedy actions [b]"""
         return self.q(self.target(maps)).argmax(1)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """target = momentum target + (1 - momentum) online"""
+        torch._foreach_lerp_(self.averages, self.learned, 1 - momentum)
 
     def encode(self, stacks: torch.Tensor) -> list[torch.Tensor]:
         """b stacks now and b stacks n steps later, [2b, 4, 84, 84] in [0, 1] -> maps of f now, f later and f' later"""
@@ -575,14 +588,14 @@ class Rainbow(nn.Module):
 
         Each sample's cross-entropy, the Q of its action, and the target's opinion of what that Q should be.
         """
-        sample = torch.arange(len(action), device=action.device)
+        i = torch.arange(len(action), device=action.device)
         with torch.no_grad():
             best = self.q(self.online(maps[1])).argmax(1)  # a*
-            p = self.target(maps[2])[sample, best].softmax(1)  # [b, atoms]
-            atoms = n_step_return[:, None] + self.discount * ~done[:, None] * self.support  # [b, atoms]
+            p = self.target(maps[2])[i, best].softmax(1)  # [b, atoms]
+            atoms = n_step_return[:, None] + self.n_step_discount * ~done[:, None] * self.support  # [b, atoms]
             m = project(p, atoms, self.support)
-        logits = self.online(maps[0])[sample, action]  # [b, atoms]
-        cross_entropy = -(m * logits.log_softmax(1)).sum(1)
+        logits = self.online(maps[0])[i, action]  # [b, atoms]
+        cross_entropy = -(m * logits.log_softmax(1)).sum(1)  # clamped as in the original: no priority is 0
         return torch.stack([cross_entropy.clamp(1e-5, 1e5), self.q(logits.detach()), (p * atoms).sum(1)])
 
 
@@ -633,16 +646,19 @@ class Replay:
         self.discounts = args.discount ** np.arange(self.n_steps)  # gamma^k
         self.size = args.replay_capacity + HISTORY + args.save_every
         self.fields, self.tree = np.zeros(self.size, TRANSITION), SumTree(self.size)
-        self.rows = self.saved = self.ready = 0  # played so far; of those, in the file; of those, once drawable
+        self.rows = 0  # played so far
+        self.saved = 0  # of them, those that are on disk
+        self.ready = 0  # of them, those that have had their n steps, or their episode's end, and so got a priority
         self.max_priority = 1.0
         self.path, shape = path, (self.size, 84, 84)
         if not path.exists():
             with atomic_write(path) as file:  # all its blocks: on a full disk, a map of a file with holes would crash
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        with clear_errors(path, "It must be as this run has left it. To start the run again: --overwrite"):
-            if path.stat().st_size != math.prod(shape):
-                raise ValueError(f"it has {path.stat().st_size:,} bytes, not {math.prod(shape):,}")
-            self.map = np.memmap(path, np.uint8, "r+", shape=shape) if args.replay_dir else None
+        if path.stat().st_size != math.prod(shape):
+            raise SystemExit(
+                f"{path} has not {math.prod(shape):,} bytes, as this run made it: --overwrite starts again."
+            )
+        self.map = np.memmap(path, np.uint8, "r+", shape=shape) if args.replay_dir else None
         self.frames = np.zeros(shape, np.uint8) if self.map is None else self.map.view(np.ndarray)
 
     def add(self, frame: np.ndarray, *fields) -> None:
@@ -651,19 +667,19 @@ class Replay:
         self.frames[slot], self.fields[slot] = frame, fields
         self.rows += 1
         ready = self.rows if self.fields["ends"][slot] else max(self.ready, self.rows - self.n_steps)
-        slots = np.append(np.arange(self.ready, ready), self.rows - 1 - self.capacity) % self.size
-        priorities = np.full(len(slots), self.max_priority**self.exponent)
-        priorities[-1] = 0  # too old from now on
-        self.tree.set(slots, priorities)
+        if ready > self.ready:
+            self.tree.set(np.arange(self.ready, ready) % self.size, self.max_priority**self.exponent)
         self.ready = ready
+        if self.rows > self.capacity:  # too old from now on
+            self.tree.set(np.array([self.rows - 1 - self.capacity]) % self.size, 0)
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Slots [b], their probabilities [b] up to a factor, and a batch of arrays.
+        """Slots [b], one of each b-th part of the sum; their probabilities, up to a factor; a batch of arrays.
 
         frames uint8 [2b, 4, 84, 84] and starts [2b, 4]: b stacks now, b stacks n steps later; action [b]; n_step_return
         [b]; done [b], whether the episode ends on the way: then the stack later is the one now.
         """
-        slots = self.tree.draw((np.arange(batch_size) + rng.random(batch_size)) / batch_size)  # one of each b-th part
+        slots = self.tree.draw((np.arange(batch_size) + rng.random(batch_size)) / batch_size)
         steps = self.fields[(slots[:, None] + np.arange(self.n_steps)) % self.size]  # [b, n]
         before = steps["ends"].cumsum(1) - steps["ends"]  # episodes that end before a step
         n_step_return = (np.sign(steps["reward"]) * (before == 0)) @ self.discounts
@@ -677,6 +693,11 @@ class Replay:
     def set_losses(self, slots: np.ndarray, losses: np.ndarray) -> None:
         self.tree.set(slots, losses.astype(float) ** self.exponent)
         self.max_priority = max(self.max_priority, float(losses.max()))
+
+    def checksum(self) -> int:
+        """Of the last frames, by which the file that belongs to a checkpoint is known."""
+        rows = np.arange(max(0, self.rows - min(1000, self.capacity)), self.rows)
+        return zlib.crc32(self.frames[rows % self.size])
 
     def state_dict(self) -> dict:
         """All but the frames, which it brings to disk."""
@@ -694,7 +715,8 @@ class Replay:
         self.saved = self.rows
         arrays = {"fields": self.fields.view(np.uint8), "priorities": self.tree.levels[0]}
         state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        return state | {"rows": self.rows, "ready": self.ready, "max_priority": self.max_priority}
+        state |= {"rows": self.rows, "ready": self.ready, "max_priority": self.max_priority}
+        return state | {"checksum": self.checksum()}
 
     def load_state_dict(self, state: dict) -> None:
         self.fields = state["fields"].numpy().view(TRANSITION)
@@ -704,6 +726,8 @@ class Replay:
         if self.map is None:
             with open(self.path, "rb") as file:
                 file.readinto(self.frames)
+        if self.checksum() != state["checksum"]:
+            raise ValueError(f"{self.path} is missing, damaged or of another run")
 
     def export(self, first: int, most: float, files: list[Path]) -> None:
         """Writes the rows from `first` on, but at most so many, as DQN Replay has them: padding rows, raw rewards."""
@@ -711,6 +735,8 @@ class Replay:
         padding = np.repeat(np.flatnonzero(self.fields["starts"][slots]), PADDING)
         slots = np.insert(slots, padding, -1)[: int(min(most, len(slots) + len(padding)))]  # -1: a blank row
         columns = [self.frames, *(self.fields[name] for name in REPLAY.names[1:])]
+        for path in files:  # of an earlier try: no half of it stays beside a half of this
+            path.unlink(missing_ok=True)
         for path, name, column in zip(files, REPLAY.names, columns, strict=True):
             dtype = REPLAY[name]
             with atomic_write(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
@@ -747,7 +773,7 @@ class Environment:
         self.episode, self.actions = episode, []
 
     def step(self, action: int) -> tuple[float, bool]:
-        """The raw reward, and whether an episode, as learning sees it, is over: by a lost life, the game or its time"""
+        """The raw reward, and whether the episode that learning sees is over: by a lost life, the game or its time"""
         stacks, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         self.actions.append(action)
         self.terminal = bool(terminated[0] or truncated[0])
@@ -783,19 +809,37 @@ def check(args: Args) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} must be at most 1.")
     if args.atoms < 2 or not 0 < args.max_return < math.inf:
         raise SystemExit("--atoms must be at least 2, --max-return above 0 and finite.")
-    if not args.n_steps < min(args.learning_starts, args.replay_capacity):
-        raise SystemExit("--n-steps must be less than --learning-starts and than --replay-capacity.")
+    if args.updates_per_step == math.inf:
+        raise SystemExit("--updates-per-step must be finite.")
+    if not args.n_steps < args.learning_starts < args.total_steps or args.replay_capacity <= args.n_steps:
+        raise SystemExit("--learning-starts must be between --n-steps and --total-steps, --replay-capacity above.")
     if args.encoder == "nature" and args.checkpoint:
         raise SystemExit("--encoder nature is learned from scratch: leave --checkpoint out.")
     if args.save_replay and args.total_steps % args.save_replay_every:
         raise SystemExit("--save-replay: --total-steps must be a multiple of --save-replay-every.")
-    if args.save_replay and args.replay_capacity < (rows := min(replay_rows(args), args.save_replay_every)):
-        raise SystemExit(f"--save-replay: --replay-capacity must be at least {rows:,}, the rows to save at once.")
+    if args.save_replay and args.replay_capacity < min(args.save_replay_rows or math.inf, args.save_replay_every):
+        raise SystemExit("--save-replay: --replay-capacity must be at least --save-replay-rows or --save-replay-every.")
 
 
-def replay_rows(args: Args) -> float:
-    """Rows to save of each replay checkpoint: one more than asked for, as readers leave out a file's last row."""
-    return args.save_replay_rows + 1 if args.save_replay_rows else math.inf
+def hold(folder: Path, owner: list[str] | None = None) -> None:
+    """Makes and locks a folder for as long as this process lives; for an owner, marks it as that one's for good.
+
+    Ends the program if another process holds it, or if it is marked as another's or has files, but no mark.
+    """
+    mark = folder / "run.json"
+    with clear_errors(
+        folder, "Wait for the run that has it, or choose another --method, --replay-dir or --save-replay."
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed
+        if owner and mark.exists():
+            if (found := json.loads(mark.read_text())) != owner:
+                raise ValueError(f"it belongs to {found}")
+        elif owner:
+            if others := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
+                raise ValueError(f"it has files already, such as {others[0]}")
+            with atomic_write(mark) as file:
+                file.write(json.dumps(owner).encode())
 
 
 def finetune(args: Args) -> None:
@@ -806,18 +850,17 @@ def finetune(args: Args) -> None:
     backbone, method = (Nature(), args.method or "nature") if args.encoder == "nature" else make_backbone(args)
     result, run_dir, plain_args = find_run(args, "rainbow", method, game)
     checkpoint, replay_dir = run_dir / "checkpoint.pt", args.replay_dir or run_dir
-    frames, owner_file, owner = replay_dir / "frames.bin", replay_dir / "run.json", [game, str(run_dir.resolve())]
-    if args.replay_dir and owner_file.exists():
-        with clear_errors(owner_file, "Choose another --replay-dir: each run needs one of its own."):
-            if (found := json.loads(owner_file.read_text())) != owner:
-                raise ValueError(f"the frames there belong to {found}")
-    resume = checkpoint.exists() and not args.overwrite
+    frames, owner = replay_dir / "frames.bin", [game, str(run_dir.resolve())]
+    hold(run_dir)
+    if args.replay_dir:
+        hold(replay_dir, owner)
     exports = {}  # what to write of a replay checkpoint, by the step after which it has been played
-    for n in range(args.total_steps // args.save_replay_every if args.save_replay else 0):
-        first, files = n * args.save_replay_every, replay_layouts(args.save_replay, game, args.seed, n + 1)[0]
-        exports[first + min(replay_rows(args), args.save_replay_every)] = first, replay_rows(args), files
-        if (found := [str(file) for file in files if file.exists()]) and not (resume or args.overwrite):
-            raise SystemExit(f"{found[0]} exists. Choose another --save-replay or --seed, its run; or --overwrite.")
+    if args.save_replay:
+        every, rows = args.save_replay_every, args.save_replay_rows + 1 if args.save_replay_rows else math.inf
+        for first in range(0, args.total_steps, every):
+            files = replay_layouts(args.save_replay, game, args.seed, first // every + 1)[0]
+            exports[first + min(rows, every)] = first, rows, files
+        hold(files[0].parent, owner)
 
     # The environment, the networks and the optimizer.
     env = Environment(args, game)
@@ -828,16 +871,22 @@ def finetune(args: Args) -> None:
             backbone.to(torch.get_autocast_dtype(device.type))
     compiled = partial(torch.compile, dynamic=False) if args.compile else lambda function: function
     encode, update = compiled(model.encode), compiled(model)
-    act_on_one = dict(backbone=compiled(model.target.backbone), choose=compiled(model.act))
-    learned = {name: parameter for name, parameter in model.online.named_parameters() if parameter.requires_grad}
-    parameters = list(learned.values())
-    averages = [parameter for name, parameter in model.target.named_parameters() if name in learned]
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps, fused=True)
+    act_on_one = dict(backbone=compiled(model.target.backbone), choose=compiled(model.act))  # in evaluation n changes
+    optimizer = torch.optim.Adam(model.learned, args.learning_rate, eps=args.adam_eps, fused=True)
     rng, step, updates = np.random.default_rng(args.seed), 0, 0
     all_updates = int((args.total_steps - args.learning_starts) * args.updates_per_step)
 
-    # The replay, and the run as far as it has come. An unfinished run without a checkpoint starts afresh.
-    if resume:
+    def save_checkpoint() -> None:
+        content = {"step": step, "updates": updates, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        content |= {"replay": replay.state_dict(), "env": env.state_dict()}
+        content["rng"] = {"numpy": rng.bit_generator.state, "cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            content["rng"]["cuda"] = torch.cuda.get_rng_state()
+        with atomic_write(checkpoint) as file:
+            torch.save(content, file)
+
+    # The run as far as it has come, or afresh.
+    if checkpoint.exists() and not args.overwrite:
         with clear_errors(checkpoint, "To start the run again: --overwrite"):
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
             replay = Replay(args, frames)
@@ -848,22 +897,12 @@ def finetune(args: Args) -> None:
             if "cuda" in content["rng"] and device.type == "cuda":
                 torch.cuda.set_rng_state(content["rng"]["cuda"])
             step, updates = content["step"], content["updates"]
+            del content  # half a gigabyte, if the backbone learns
     else:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        frames.unlink(missing_ok=True)
-        if args.replay_dir:
-            with atomic_write(owner_file) as file:
-                file.write(json.dumps(owner).encode())
+        for path in [*run_dir.iterdir(), frames]:
+            path.unlink(missing_ok=True)
         replay = Replay(args, frames)
-
-    def save_checkpoint() -> None:
-        content = {"step": step, "updates": updates, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        content |= {"replay": replay.state_dict(), "env": env.state_dict()}
-        content["rng"] = {"numpy": rng.bit_generator.state, "cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            content["rng"]["cuda"] = torch.cuda.get_rng_state()
-        with atomic_write(checkpoint) as file:
-            torch.save(content, file)
+        save_checkpoint()
 
     @torch.no_grad()
     def act(stacks: np.ndarray, backbone=model.target.backbone, choose=model.act) -> np.ndarray:
@@ -879,10 +918,10 @@ def finetune(args: Args) -> None:
     bar = tqdm(desc=f"rainbow on {game}", total=args.total_steps, initial=step, unit="step", leave=False)
     recent, clock = [], time.perf_counter()
     while step < args.total_steps:
-        share = min(max(step - args.learning_starts, 0) / max(args.exploration_steps, 1), 1)
-        epsilon = 1 - share * (1 - args.exploration_final)
-        if step < args.learning_starts or args.noisy:
-            epsilon = float(step < args.learning_starts)
+        share = min((step - args.learning_starts) / max(args.exploration_steps, 1), 1)
+        epsilon = 0.0 if args.noisy else 1 - share * (1 - args.exploration_final)
+        if step < args.learning_starts:
+            epsilon = 1.0
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))
         else:
@@ -902,23 +941,25 @@ def finetune(args: Args) -> None:
         while updates < int((step - args.learning_starts) * args.updates_per_step):
             beta = args.importance_exponent + (1 - args.importance_exponent) * updates / all_updates
             slots, probabilities, batch = replay.sample(args.batch_size, rng)
-            batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
+            batch = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
             weights = torch.from_numpy((probabilities.min() / probabilities) ** beta).float().to(device)  # [b]
             with precision:
                 maps = encode(augment(stack_frames(batch["frames"], batch["starts"])).squeeze(1))
             draw_noise(model)
-            results = update(maps, batch["action"], batch["n_step_return"], batch["done"])  # [3, b]
-            loss = (weights * results[0]).mean()
+            outputs = update(maps, batch["action"], batch["n_step_return"], batch["done"])  # [3, b]
+            loss = (weights * outputs[0]).mean()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(model.learned, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(averages, parameters, 1 - args.target_momentum)
-            values = torch.cat([torch.stack([loss, grad_norm]), results.flatten()]).detach().cpu()
+            model.update_target(args.target_momentum)
+            values = torch.cat([torch.stack([loss, grad_norm]), outputs.flatten()]).detach().cpu()
             if not values.isfinite().all():
                 bar.close()
                 where = f"step {step}: loss {values[0]:.4g}, gradient norm {values[1]:.4g}"
-                raise SystemExit(f"Stopped at {where}. The last checkpoint, if there is one, is good: {checkpoint}")
+                raise SystemExit(
+                    f"Stopped at {where}: lower --learning-rate? The last checkpoint is good: {checkpoint}"
+                )
             cross_entropy, q, target_q = values[2:].view(3, -1)
             replay.set_losses(slots, cross_entropy.numpy())
             recent.append(torch.stack([*values[:2], q.mean(), target_q.mean()]))
@@ -945,9 +986,9 @@ def finetune(args: Args) -> None:
 
     # The score, of the target network, which has been the player all along.
     model.eval()
-    parts = {name.partition(".")[0] for name in learned}
+    parts = {name: part for name, part in model.target.named_children() if not (name == "backbone" and model.frozen)}
     with atomic_write(run_dir / "policy.pt") as file:
-        torch.save({part: getattr(model.target, part).state_dict() for part in sorted(parts)}, file)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
     evaluation = (args.eval_episodes, args.max_episode_steps, args.epsilon, args.seed, args.video)
     scores, video = play_episodes(game, act, *evaluation)
     if args.video:
@@ -955,7 +996,7 @@ def finetune(args: Args) -> None:
     save_result(result, game, scores, plain_args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
-    for path in (checkpoint, frames, owner_file):  # gigabytes that nobody needs any more
+    for path in (checkpoint, frames, replay_dir / "run.json"):  # gigabytes that nobody needs any more
         path.unlink(missing_ok=True)
     print(f"{result}: {scores.mean():.2f} points, normalised {normalize(game, scores.mean()):.3f}", flush=True)
 

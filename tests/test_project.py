@@ -48,6 +48,15 @@ def test_scripts_stand_alone(script):
     assert not {"tests", "conftest"} & set(imported)
 
 
+def test_commands_in_the_documentation_have_flags_that_exist():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for script, flags in re.findall(r"(\w+\.py)((?:(?!\w+\.py)[^\n'])*)", block.replace("\\\n", " ")):
+                known = load(script).Args.__dataclass_fields__
+                for flag in re.findall(r"--([a-z-]+)", flags):
+                    assert flag.replace("-", "_") in known, f"{page.name}: {script} --{flag}"
+
+
 def test_games_are_the_benchmarks():
     """Names, splits, ids and action counts are those of the score table, and of ale-py's environments."""
     from ale_py.vector_env import AtariVectorEnv
@@ -101,6 +110,18 @@ def test_defaults_of_fine_tuning_are_the_papers():
     assert (args.betas, args.max_grad_norm, args.epsilon) == ((0.9, 0.999), 0.5, 0.001)
     assert (args.runs, args.checkpoints, args.num_transitions) == ((1, 2, 3, 4, 5), (50,), 50_000)
     assert (args.eval_episodes, args.max_episode_steps, args.freeze_backbone) == (100, 27_000, True)
+
+
+def test_defaults_of_rainbow_are_the_papers():
+    args = load("finetune_rainbow.py").Args("pong")
+    assert (args.total_steps, args.learning_starts, args.updates_per_step, args.batch_size) == (50_000, 2_000, 2, 32)
+    assert (args.learning_rate, args.adam_eps, args.max_grad_norm, args.target_momentum) == (1e-4, 1.5e-4, 10, 0.99)
+    assert (args.discount, args.n_steps, args.atoms, args.max_return) == (0.99, 10, 51, 10)
+    assert (args.replay_capacity, args.priority_exponent, args.importance_exponent) == (100_000, 0.5, 0.4)
+    assert (args.exploration_steps, args.exploration_final, args.dueling, args.noisy) == (10_000, 0.01, False, False)
+    assert (args.episodic_life, args.repeat_action_probability, args.freeze_backbone) == (True, 0, True)
+    assert (args.eval_episodes, args.max_episode_steps, args.epsilon) == (100, 27_000, 0.001)
+    assert (args.save_replay_every, args.save_replay_rows, args.encoder) == (1_000_000, 0, "resnet")
 
 
 def changed_lines(script: str) -> int:

@@ -1,0 +1,440 @@
+"""The pieces of fine-tuning online: networks, objective, replay and environment, each against a plain second one."""
+
+import gzip
+import io
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load
+from golden.fill import fill_array, make_batch
+from torch import nn
+
+rainbow = load("finetune_rainbow.py")
+NATURE, EXTRAS = {"encoder": "nature"}, {"dueling": True, "noisy": True}
+
+
+def make_args(**changes):
+    """Of a small ResNet and a small replay."""
+    network, replay = dict(width_multiplier=0.0625, blocks=(1, 1, 1, 1)), dict(replay_capacity=100, save_every=40)
+    return rainbow.Args("pong", **network | replay | dict(n_steps=7, discount=0.9) | changes)
+
+
+def make_model(actions: int = 6, **changes):
+    args = make_args(**changes)
+    backbone = rainbow.Nature() if args.encoder == "nature" else rainbow.make_backbone(args)[0]
+    return rainbow.Rainbow(args, backbone, actions)
+
+
+# === networks and objective ===========================================================================================
+def test_golden():
+    """Losses, values and gradient norms of the whole network, learning end to end, on the golden parameters."""
+    numbers = dict(np.load(Path(__file__).parent / "golden" / "rainbow.npz", allow_pickle=False))
+    shapes = {name: tuple(map(int, shape.split("x"))) for name, shape in (x.split() for x in numbers["param_names"])}
+    model = rainbow.Rainbow(rainbow.Args("pong"), rainbow.ResNet(1.0, (3, 4, 6, 3)), actions=18)
+    for network, prefix in ((model.online, "given/"), (model.target, "given/target/")):
+        parameters = dict(network.named_parameters())
+        assert parameters.keys() == shapes.keys()
+        for name, parameter in parameters.items():
+            values = torch.from_numpy(fill_array(prefix + name, shapes[name]).reshape(shapes[name]))
+            of_a_game = name.startswith("head.") or name == "neck.spatial_embed"
+            parameter.data = (values[17] if of_a_game else values).reshape(parameter.shape).clone()
+    batch = make_batch("given/", n=4)
+    stacks = torch.cat([torch.from_numpy(batch[name][:, 0]) / 255 for name in ("obs", "next_obs")])
+    action, n_step_return, done = (torch.from_numpy(batch[name][:, 0]) for name in ("action", "rtg", "done"))
+    cross_entropy, q, target_q = model(model.encode(stacks), action, n_step_return, done.bool())
+    weighted = torch.tensor([1, 0.5, 0.25, 0.75]) * cross_entropy
+    weighted.mean().backward()
+    found = {"per_sample": weighted, "q_pred": q, "q_target": target_q, "loss": weighted.mean()}
+    for name, values in found.items():
+        np.testing.assert_allclose(values.detach(), numbers[name], rtol=1e-5, atol=1e-6 if name == "q_pred" else 0)
+    for name in ("backbone", "neck", "head"):
+        gradients = [parameter.grad.double() for parameter in getattr(model.online, name).parameters()]
+        norm = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
+        assert norm == pytest.approx(float(numbers[f"grad_norm_{name}"]), rel=1e-4), name
+    assert all(parameter.grad is None for parameter in model.target.parameters())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_update_is_the_definition(freeze):
+    """Losses, values and gradients: one pass of a frozen backbone stands for three, and has no gradient."""
+    torch.manual_seed(0)
+    model = make_model(freeze_backbone=freeze)
+    for parameter in model.target.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    backbone, target_backbone = model.online.backbone, model.target.backbone
+    assert (backbone is target_backbone) == freeze
+    (now, later), support = torch.rand(2, 32, 4, 84, 84), torch.linspace(-10, 10, 51)
+    sample, action, done = torch.arange(32), torch.randint(6, (32,)), torch.arange(32) % 4 == 0
+    n_step_return = torch.randn(32)
+
+    best = (model.online(backbone(later)).softmax(-1) @ support).argmax(1)
+    other = (model.online(target_backbone(later)).softmax(-1) @ support).argmax(1)
+    assert (best == other).all() == freeze
+    p = model.target(target_backbone(later))[sample, best].softmax(1)
+    atoms = n_step_return[:, None] + 0.9**7 * support * ~done[:, None]
+    log_p = model.online(backbone(now))[sample, action].log_softmax(1)
+    cross_entropy = -(rainbow.project(p, atoms, support) * log_p).sum(1)
+    expected = torch.stack([cross_entropy, log_p.exp() @ support, n_step_return + 0.9**7 * ~done * (p @ support)])
+    maps = model.encode(torch.cat([now, later]))
+    found = model(maps, action, n_step_return, done)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    learned = {name: parameter for name, parameter in model.online.named_parameters() if parameter.requires_grad}
+    assert any(name.startswith("backbone") for name in learned) != freeze
+    gradients = [torch.autograd.grad(results[0].sum(), list(learned.values())) for results in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+    greedy, other = ((network(maps[0]).softmax(-1) @ support).argmax(1) for network in (model.target, model.online))
+    assert model.act(maps[0]).equal(greedy)  # the target network is the player
+    assert not greedy.equal(other)
+
+
+def test_loss_stays_positive():
+    """A sample that is predicted perfectly keeps a priority, 1e-5; one that is not at all has 1e5 at most."""
+    model = make_model(actions=2)
+    model.online.head.weight.data.zero_()
+    model.online.head.bias.data = ((torch.arange(51) == 25) * torch.tensor([[1000.0], [-1e6]])).view(1, -1)
+    inputs = torch.tensor([0, 1]), torch.zeros(2), torch.tensor([True, True])
+    losses = model(model.encode(torch.rand(4, 4, 84, 84)), *inputs)[0]
+    torch.testing.assert_close(losses, torch.tensor([1e-5, 1e5]))
+
+
+def test_projection():
+    """On random atoms, far beyond both ends and exactly on the support's; a mean that is not clipped is preserved."""
+    rng = np.random.default_rng(0)
+    support = np.linspace(-10, 10, 11)
+    atoms = np.concatenate([rng.uniform(-25, 25, (20, 11)), support[rng.integers(11, size=(20, 11))]])
+    atoms = np.concatenate([atoms, support[None], 0.5 * support[None] + 3, 0 * support[None] - 4.7])
+    probabilities = rng.dirichlet(np.ones(11), len(atoms))
+    found = rainbow.project(*map(torch.from_numpy, (probabilities, atoms, support))).numpy()
+    shares = (1 - np.abs(atoms.clip(-10, 10)[..., None] - support) / 2).clip(0)  # a triangle around each z, 2 apart
+    np.testing.assert_allclose(found, (probabilities[..., None] * shares).sum(1), atol=1e-12)
+    np.testing.assert_allclose(found.sum(1), 1)
+    np.testing.assert_allclose(found[-3], probabilities[-3])
+    inside = np.abs(atoms).max(1) <= 10
+    assert 3 <= inside.sum() < len(atoms)
+    np.testing.assert_allclose(found[inside] @ support, (probabilities * atoms).sum(1)[inside])
+
+
+def test_noisy_linear():
+    """W = mu + sigma * f(e_out) f(e_in)^T and b = mu + sigma * f(e_out), f(x) = sign(x) sqrt|x|; none in evaluation."""
+    layer, x = rainbow.NoisyLinear(5, 3), torch.randn(4, 5)
+    (mu, bias), (sigma, bias_sigma) = (layer.weight, layer.bias), (layer.weight_sigma, layer.bias_sigma)
+    assert (sigma == 0.5 / 5**0.5).all() and (bias_sigma == 0.5 / 5**0.5).all()
+    assert 0 < mu.abs().max() <= 5**-0.5 and 0 < bias.abs().max() <= 5**-0.5
+    results = [layer.eval()(x)]
+    layer.train()
+    for _ in range(2):
+        rainbow.draw_noise(nn.Sequential(layer))
+        weight = mu + sigma * torch.outer(layer.noise_out, layer.noise_in)
+        results.append(layer(x))
+        torch.testing.assert_close(results[-1], F.linear(x, weight, bias + bias_sigma * layer.noise_out))
+    assert all((results[i] != results[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
+    results[-1].square().sum().backward()
+    assert all(parameter.grad.abs().min() > 0 for parameter in layer.parameters())
+    results.append(layer.eval()(x))
+    torch.testing.assert_close([results[0], results[-1]], [F.linear(x, mu, bias)] * 2)
+    wide = rainbow.NoisyLinear(100_000, 2)
+    wide.draw_noise()
+    normal = wide.noise_in * wide.noise_in.abs()  # f undone
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    assert abs((normal.abs() < 0.6745).float().mean() - 0.5) < 0.01  # as many as a normal distribution has there
+
+
+@pytest.mark.parametrize("changes", [{}, {"noisy": True}, NATURE])
+def test_dueling(changes):
+    """logits = V + A - mean A for every atom, so that V is their mean over the actions."""
+    network = make_model(dueling=True, **changes).online
+    maps = network.backbone(torch.rand(3, 4, 84, 84))
+    zeros = [torch.zeros(3, dtype=torch.long)] if isinstance(network.neck, rainbow.Neck) else []
+    x = network.neck(maps, *zeros)
+    zeros = zeros if isinstance(network.head, rainbow.GameLinear) else []
+    advantage, value = network.head(x, *zeros).view(3, 6, 51), network.value(x, *zeros)
+    logits = network(maps)
+    expected = value[:, None] + advantage - advantage.mean(1, keepdim=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.mean(1), value, rtol=1e-4, atol=1e-4)
+
+
+def test_nature_network_is_the_published_one():
+    network = make_model(actions=18, **NATURE).online
+    shapes = [tuple(parameter.shape) for parameter in network.parameters()]
+    convolutions = [(32, 4, 8, 8), (32,), (64, 32, 4, 4), (64,), (64, 64, 3, 3), (64,)]
+    assert shapes == [*convolutions, (512, 3136), (512,), (918, 512), (918,)]
+    assert sum(parameter.numel() for parameter in network.backbone.parameters()) == 77_984
+    maps = network.backbone(torch.rand(2, 4, 84, 84))
+    assert maps.shape == (2, 64, 7, 7) and maps.min() == 0
+    assert network(maps).shape == (2, 18, 51)
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_backbone": False}, EXTRAS, NATURE | EXTRAS])
+def test_compiles_without_a_graph_break(changes):
+    """As on GPUs by default; "eager" runs the one graph that was captured, forward and backward."""
+    torch._dynamo.reset()
+    model = make_model(**changes)
+    functions = model.encode, model, model.act
+    encode, update, act = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False) for f in functions)
+    rainbow.draw_noise(model)
+    stacks, inputs = torch.rand(4, 4, 84, 84), (torch.tensor([0, 5]), torch.randn(2), torch.tensor([True, False]))
+    maps = encode(stacks)
+    results = update(maps, *inputs)
+    torch.testing.assert_close(results, model(model.encode(stacks), *inputs))
+    results[0].mean().backward()
+    learned = [parameter for parameter in model.online.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in learned)
+    with torch.no_grad():
+        assert act(maps[0]).equal(model.act(maps[0]))
+
+
+# === environment and replay ===========================================================================================
+class Row(NamedTuple):
+    """What `Replay.add` takes."""
+
+    frame: np.ndarray
+    action: int
+    reward: float
+    starts: bool
+    ends: bool
+    terminal: bool
+
+
+def play(env, rng: np.random.Generator) -> Iterator[tuple[Row, np.ndarray, bool]]:
+    """Random play as in the training loop: each row, the stack that the player saw, and whether a life was lost."""
+    while True:
+        stack, frame, starts, lives = env.stack.copy(), env.stack[-1], not env.actions, env.lives
+        action = int(rng.integers(env.num_actions))
+        reward, ends = env.step(action)
+        yield Row(frame, action, reward, starts, ends, env.terminal), stack, env.lives < lives
+        if env.terminal:
+            env.reset(env.episode + 1)
+            assert not env.stack[:3].any() and env.stack[3].any()
+        else:  # a lost life resets nothing
+            np.testing.assert_array_equal(env.stack[:3], stack[1:])
+
+
+def future(played: list[Row], i: int, n: int) -> tuple[float, bool, int] | None:
+    """G, whether the episode ends within n steps, and the row of the later stack; None as long as that is unknown."""
+    value = 0
+    for k, row in enumerate(played[i : i + n]):
+        value += 0.9**k * np.sign(row.reward)
+        if row.ends:
+            return value, True, i
+    return (value, False, i + n) if i + n < len(played) else None
+
+
+@pytest.mark.parametrize(
+    ("game", "max_steps", "episodic_life"),
+    [("breakout", 27_000, True), ("breakout", 27_000, False), ("ms_pacman", 200, True), ("pong", 60, True)],
+)
+def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
+    """Acting and learning see the same stacks, n steps are added up as defined, and exactly the rows of a known future
+    that are no older than the capacity can be drawn: with their last loss, else with the greatest so far."""
+    args = make_args(max_episode_steps=max_steps, episodic_life=episodic_life, seed=1)
+    env, replay = rainbow.Environment(args, game), rainbow.Replay(args, tmp_path / "frames.bin")
+    rng, played, stacks, deaths = np.random.default_rng(0), [], [], []
+    losses, greatest, kinds = {}, 1.0, set()
+    for row, stack, lost in islice(play(env, rng), 900):
+        replay.add(*row)
+        played.append(row)
+        stacks.append(stack)
+        assert row.ends == (row.terminal or (episodic_life and lost))
+        deaths.append(lost and not row.terminal)
+        rows = len(played)
+        if rows < 10 or rows % 4:
+            continue
+        futures = {i: future(played, i, 7) for i in range(max(0, rows - 100), rows)}
+        leaves = np.zeros_like(replay.tree.levels[0])
+        for i in [i for i, known in futures.items() if known]:
+            leaves[i % replay.size] = losses.setdefault(i, greatest) ** 0.5
+        np.testing.assert_allclose(replay.tree.levels[0], leaves, rtol=1e-12)
+        slots, probabilities, batch = replay.sample(16, rng)
+        np.testing.assert_allclose(probabilities, leaves[slots], rtol=1e-12)
+        shown = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["starts"])).squeeze(1)
+        new_losses = rng.exponential(2, 16).astype(np.float32)
+        replay.set_losses(slots, new_losses)
+        greatest = max(greatest, float(new_losses.max()))
+        for j, slot in enumerate(slots):
+            i = rows - 1 - (rows - 1 - slot) % replay.size  # the latest row in that slot
+            value, done, later = futures[i]
+            assert (batch["action"][j], batch["done"][j]) == (played[i].action, done)
+            assert batch["n_step_return"][j] == pytest.approx(value)
+            np.testing.assert_array_equal(shown[j], stacks[i])
+            np.testing.assert_array_equal(shown[16 + j], stacks[later])
+            losses[i] = float(new_losses[j])
+            kinds |= {("done", done), ("reward", value != 0), ("new game", not stacks[i][0].any())}
+    assert len(kinds) == 6  # there were some of each
+    assert (max(row.reward for row in played) >= 10) == (game == "ms_pacman")  # raw rewards
+    assert rows > 6 * replay.size and sum(row.terminal for row in played) > 1
+    assert any(deaths) == (game != "pong")
+
+
+def test_environment_continues_from_its_state():
+    """In the middle of the second game, whatever has been played since; sticky actions are drawn alike too."""
+    args = make_args(max_episode_steps=50, repeat_action_probability=0.25)
+    env, other = (rainbow.Environment(args, "breakout") for _ in range(2))
+    list(islice(play(env, np.random.default_rng(0)), 70))
+    list(islice(play(other, np.random.default_rng(1)), 130))
+    other.load_state_dict(env.state_dict())
+    assert (env.episode, env.actions, env.score) == (other.episode, other.actions, other.score) and env.episode == 1
+    not_sticky = rainbow.Environment(make_args(max_episode_steps=50), "breakout")
+    not_sticky.load_state_dict(env.state_dict())
+    assert (not_sticky.stack != env.stack).any()
+    both = [islice(play(e, np.random.default_rng(2)), 100) for e in (env, other)]
+    for (row, stack, _), (other_row, other_stack, _) in zip(*both, strict=True):
+        assert row[1:] == other_row[1:]
+        np.testing.assert_array_equal(stack, other_stack)
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 1000, 4097])
+def test_sum_tree(size):
+    """After many updates, duplicates among them: every unit of the priorities' sum leads to the slot that it is of."""
+    rng, tree, plain = np.random.default_rng(size), rainbow.SumTree(size), np.zeros(size, int)
+    for _ in range(200):
+        slots, priorities = rng.integers(size, size=40), rng.integers(6, size=40)
+        tree.set(slots, priorities)
+        for slot, priority in zip(slots, priorities, strict=True):
+            plain[slot] = priority
+    tree.set(slots[:1], 3.0)
+    plain[slots[0]] = 3
+    total = plain.sum()
+    found = tree.draw((np.arange(total) + 0.5) / total)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(size), plain))
+
+    priorities = 10 ** rng.uniform(-12, 3, size) * (rng.random(size) < 0.7)  # whose sums are rounded
+    priorities[rng.integers(size)] = 1e-3
+    tree.set(np.arange(size), priorities)
+    for children, parents in zip(tree.levels, tree.levels[1:], strict=False):
+        np.testing.assert_array_equal(parents[: len(children) // 64], children.reshape(-1, 64).sum(1))
+    assert tree.levels[-1].sum() == pytest.approx(priorities.sum())
+    uniform = np.concatenate([[0, np.nextafter(0, 1), np.nextafter(1, 0), 1], rng.random(20_000)])
+    found, before = tree.draw(uniform), np.concatenate([[0], priorities.cumsum()])
+    assert (priorities[found] > 0).all()
+    assert (before[found] / before[-1] <= uniform + 1e-12).all()
+    assert (uniform <= before[found + 1] / before[-1] + 1e-12).all()
+
+
+def synthetic(count: int, seed: int = 0) -> Iterator[Row]:
+    """Rows of noise, of games of about 30 rows in which lives are lost."""
+    rng, starts = np.random.default_rng(seed), True
+    for _ in range(count):
+        terminal, lost = (rng.random(2) < (0.03, 0.05)).tolist()
+        frame, action, reward = rng.integers(256, size=(84, 84)), int(rng.integers(18)), float(rng.integers(-50, 51))
+        yield Row(frame.astype(np.uint8), action, reward, starts, terminal or lost, terminal)
+        starts = terminal
+
+
+def learn(replay, batch_size: int = 32) -> dict[str, np.ndarray]:
+    """What an update draws, by numbers that depend on the rows played so far alone; losses are set."""
+    rng = np.random.default_rng(replay.rows)
+    slots, probabilities, batch = replay.sample(batch_size, rng)
+    replay.set_losses(slots, rng.exponential(2, batch_size).astype(np.float32))
+    return batch | {"slots": slots, "probabilities": probabilities}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_replay_continues_from_its_checkpoint(mapped, tmp_path):
+    """Though the crashed run went on for `save_every` rows, and its frames reached the disk; in RAM or mapped alike."""
+    args = make_args(replay_dir=tmp_path if mapped else None)
+    undisturbed, replay = rainbow.Replay(make_args(), tmp_path / "other.bin"), rainbow.Replay(args, tmp_path / "frames")
+    for i, row in enumerate(synthetic(500), start=1):
+        undisturbed.add(*row)
+        replay.add(*row)
+        if i % 40 == 0:
+            replay.state_dict()
+        if i in (50, 299, 310, 333, 437):
+            file = io.BytesIO()
+            torch.save(replay.state_dict(), file)
+            for other in synthetic(40, seed=1):
+                replay.add(*other)
+            learn(replay)
+            replay.state_dict()  # of a checkpoint that was never finished
+            file.seek(0)
+            replay = rainbow.Replay(args, tmp_path / "frames")
+            replay.load_state_dict(torch.load(file, weights_only=True))
+        if i % 10 == 0 or i in (299, 333, 437):
+            found, expected = (learn(r, 32 if i % 10 == 0 else 1000) for r in (replay, undisturbed))
+            for name, values in expected.items():
+                np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_frames_of_another_size_are_refused(tmp_path):
+    rainbow.Replay(make_args(), tmp_path / "frames.bin")
+    with pytest.raises(SystemExit, match=r"frames\.bin has not .* bytes"):
+        rainbow.Replay(make_args(save_every=41), tmp_path / "frames.bin")
+
+
+def test_export(tmp_path):
+    """Blank rows before every game, raw rewards, the ends of games alone: complete, cut off, and from within a game."""
+    replay = rainbow.Replay(make_args(replay_capacity=1100), tmp_path / "frames.bin")
+    rows = list(synthetic(2200))
+    assert not rows[1100].starts
+    for number, first, most in ((1, 0, math.inf), (2, 1100, math.inf), (3, 1100, 151), (4, 1100, 1)):
+        for row in rows[replay.rows : first + 1100]:
+            replay.add(*row)
+        files = rainbow.replay_layouts(tmp_path, "ms_pacman", 7, number)[0]
+        replay.export(first, most, files)
+        assert files[0] == tmp_path / "MsPacman" / "7" / "replay_logs" / f"$store$_observation_ckpt.{number}.gz"
+        expected = []
+        for row in rows[first : first + 1100]:
+            expected += [(np.zeros((84, 84)), 0, 0, 0)] * (3 if row.starts else 0)
+            expected.append((row.frame, row.action, row.reward, row.terminal))
+        expected = np.array(expected[: min(most, len(expected))], rainbow.REPLAY)
+        for path, name in zip(files, rainbow.REPLAY.names, strict=True):
+            with gzip.open(path) as stream:
+                found = np.load(stream, allow_pickle=False)
+                assert not stream.read()
+            assert found.dtype == rainbow.REPLAY[name].base
+            np.testing.assert_array_equal(found, expected[name], strict=True)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_target_is_the_moving_average_of_what_is_learned(freeze):
+    """And carries no history of how it came about, which would grow with every update."""
+    model = make_model(freeze_backbone=freeze)
+    with torch.no_grad():
+        for parameter in model.learned:
+            parameter += 1
+    before = {name: parameter.clone() for name, parameter in model.target.named_parameters()}
+    model.update_target(0.75)
+    for name, parameter in model.target.named_parameters():
+        assert parameter.grad_fn is None and not parameter.requires_grad
+        step = 0.0 if freeze and name.startswith("backbone") else 0.25
+        torch.testing.assert_close(parameter, before[name] + step)
+
+
+# === arguments ========================================================================================================
+SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates_per_step": -1}, "--updates-per-step must be at least 0"),
+        ({"updates_per_step": math.nan}, "--updates-per-step must be at least 0"),
+        ({"discount": 1.5}, "--discount must be at most 1"),
+        ({"save_every": 0}, "--save-every must be at least 1"),
+        ({"atoms": 1}, "--atoms must be at least 2"),
+        ({"max_return": math.inf}, "--max-return above 0 and finite"),
+        ({"n_steps": 2000}, "--learning-starts must be between --n-steps and"),
+        ({"learning_starts": 50_000}, "--learning-starts must be between --n-steps and --total-steps"),
+        ({"replay_capacity": 10}, "--replay-capacity above"),
+        ({"updates_per_step": math.inf}, "--updates-per-step must be finite"),
+        ({"encoder": "nature", "checkpoint": Path("x.pt")}, "leave --checkpoint out"),
+        (SAVE | {"total_steps": 120_000}, "--total-steps must be a multiple of --save-replay-every"),
+        (SAVE | {"replay_capacity": 49_999}, "--replay-capacity must be at least --save-replay-rows"),
+        (
+            SAVE | {"save_replay_rows": 400, "replay_capacity": 399},
+            "--replay-capacity must be at least --save-replay-rows",
+        ),
+    ],
+)
+def test_bad_arguments(changes, message):
+    rainbow.check(rainbow.Args("pong"))
+    with pytest.raises(SystemExit, match=message):
+        rainbow.check(rainbow.Args("pong", **changes))
