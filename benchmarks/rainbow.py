@@ -29,13 +29,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS, SEED = 5, 0
+ROUNDS, SEED = 3, 0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # freed memory is used again
 NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "200"]
 SETTINGS = {  # arguments of the script; timed are the agent steps from the second number to the third
     "resnet": (["--game", "pong", "--learning-starts", "60", "--updates-per-step", "1"], 62, 68),
-    "nature, an update each step": ([*NATURE, "--updates-per-step", "1"], 250, 650),
-    "nature, an update every fourth step": ([*NATURE, "--updates-per-step", "0.25"], 252, 1252),
+    "nature, an update each step": ([*NATURE, "--updates-per-step", "1"], 250, 450),
+    "nature, an update every fourth step": ([*NATURE, "--updates-per-step", "0.25"], 252, 752),
 }
 
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import resource
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ SHORT = ("--learning-starts", 20, "--updates-per-step", 0.25, "--batch-size", 8,
 SHORT += ("--log-every", 10, "--eval-episodes", 2, "--max-episode-steps", 40, "--precision", "fp32")
 QUICK = ("--game", "pong", *SMALL, *SHORT, "--total-steps", 60)
 NATURE = ("--game", "pong", "--encoder", "nature", *SHORT, "--total-steps", 120, "--save-every", 40)
-SAVED = (*NATURE, "--max-episode-steps", 25, "--save-replay", "data", "--save-replay-every", 60)
+SAVED = (*NATURE, "--max-episode-steps", 25, "--save-every", 200, "--save-replay", "data", "--save-replay-every", 60)
 FIELDS = ("observation", "action", "reward", "terminal")
 
 
@@ -82,7 +81,8 @@ def policy(folder: Path) -> dict:
 def replay(folder: Path, number: int, game: str = "Pong") -> dict[str, torch.Tensor]:
     """A replay checkpoint as numpy reads it. No other file is there."""
     logs = folder / "data" / game / "0" / "replay_logs"
-    assert {path.name for path in logs.iterdir()} == {f"$store$_{f}_ckpt.{i}.gz" for f in FIELDS for i in (1, 2)}
+    files = {f"$store$_{field}_ckpt.{i}.gz" for field in FIELDS for i in (1, 2)}
+    assert {path.name for path in logs.iterdir()} == files | {"run.json"}
     content = {}
     for field in FIELDS:
         with gzip.open(logs / f"$store$_{field}_ckpt.{number}.gz") as file:
@@ -181,13 +181,13 @@ def test_cut_off_and_continued_equals_left_alone(method, tmp_path):
 
 def test_what_is_done_is_kept_until_overwrite(saved, tmp_path):
     """The same command does nothing; other arguments, or another run that would write the same replay, are refused."""
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    run(SCRIPT, *SAVED, cwd=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert "is there already" in run(SCRIPT, *SAVED, cwd=tmp_path).stdout
     done = run(SCRIPT, *SAVED, "--batch-size", 4, cwd=tmp_path, code=1)
     assert "seed0.json was made with {'batch_size': 8}" in done.stderr
     done = run(SCRIPT, *SAVED, "--method", "mine", cwd=tmp_path, code=1)
-    assert "$store$_observation_ckpt.1.gz exists" in done.stderr and "--overwrite" in done.stderr
+    assert "data/Pong/0/replay_logs cannot be used" in done.stderr and "it belongs to ['pong', " in done.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
     run(SCRIPT, *SAVED, "--overwrite", cwd=tmp_path)
@@ -230,15 +230,16 @@ def test_rows_of_a_saved_replay(saved, tmp_path):
     assert_equal(policy(tmp_path), policy(saved))
 
 
-def test_saving_a_replay_on_a_full_disk_and_after_a_kill(saved, tmp_path):
-    """No half-written file stays. The same command goes on to files equal to those of a run left alone."""
+def test_saving_a_replay_after_a_kill_and_on_a_full_disk(saved, tmp_path):
+    """Goes on after the last saved one, and to files equal to an undisturbed run's. No half-written file stays."""
     args = (*SAVED, "--replay-dir", "disk")  # memory-mapped, so that the replay's are the first files to grow
-    kill(85, *args, cwd=tmp_path)
+    kill(70, *args, cwd=tmp_path)
     (run_dir,) = tmp_path.glob("runs/*")
-    assert checkpoint(run_dir)["step"] == 80
-    observations = tmp_path / "data" / "Pong" / "0" / "replay_logs" / "$store$_observation_ckpt.2.gz"
-    fails(start_limited(5000, *args, "--log-every", 100, cwd=tmp_path), f"{observations.relative_to(tmp_path)} cannot")
-    assert len([*observations.parent.iterdir()]) == 4  # the first checkpoint's
+    assert checkpoint(run_dir)["step"] == 60
+    logs = Path("data") / "Pong" / "0" / "replay_logs"
+    process = start_limited(5000, *args, "--log-every", 100, cwd=tmp_path)
+    fails(process, f"{logs}/$store$_observation_ckpt.2.gz cannot be written")
+    assert len([*(tmp_path / logs).iterdir()]) == 4  # the first checkpoint's
     run(SCRIPT, *args, cwd=tmp_path)
     for number in (1, 2):
         assert_equal(replay(tmp_path, number), replay(saved, number))
@@ -257,12 +258,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     (run_dir,) = tmp_path.glob("runs/*")
     assert checkpoint(run_dir)["step"] < 120
     done = run(SCRIPT, *args, "--game", "breakout", cwd=tmp_path, code=1)
-    assert "disk/run.json cannot be used" in done.stderr and f"belong to ['pong', '{run_dir}']" in done.stderr
+    assert "disk cannot be used" in done.stderr and f"it belongs to ['pong', '{run_dir}']" in done.stderr
 
     frames, saved = tmp_path / "disk" / "frames.bin", run_dir / "checkpoint.pt"
-    for path, size in ((frames, 0), (frames, 5000), (saved, 5000)):  # missing, cut short
+    for path, size in ((frames, 0), (frames, 5000), (saved, 5000), (frames, None)):  # missing, cut short, another's
         content = path.read_bytes()
-        path.write_bytes(content[:size]) if size else path.unlink()
+        path.write_bytes(bytes(len(content)) if size is None else content[:size]) if size != 0 else path.unlink()
         done = run(SCRIPT, *args, cwd=tmp_path, code=1)
         assert str(path.relative_to(tmp_path)) in done.stderr and "--overwrite" in done.stderr
         path.write_bytes(content)
@@ -298,10 +299,10 @@ def test_bad_checkpoints(pretrained, tmp_path):
         (["--encoder", "vgg"], 2, "vgg"),
         (["--game", "chess"], 1, "Unknown game 'chess'"),
         (["--encoder", "nature", "--checkpoint", "a.pt"], 1, "--encoder nature is learned from scratch"),
-        (["--learning-starts", "10"], 1, "--n-steps must be less than --learning-starts"),
+        (["--learning-starts", "10"], 1, "--learning-starts must be between --n-steps and"),
         (["--discount", "1.5"], 1, "--discount must be at most 1"),
         (["--save-replay", "data"], 1, "--total-steps must be a multiple of --save-replay-every"),
-        (["--save-replay", "data", "--save-replay-every", "60", "--replay-capacity", "59"], 1, "at least 60"),
+        (["--save-replay", "data", "--save-replay-every", "60", "--replay-capacity", "59"], 1, "must be at least"),
         (["--device", "cuda"], 1, "cuda cannot be used"),
     ],
 )
