@@ -656,7 +656,7 @@ class Replay:
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         if path.stat().st_size != math.prod(shape):
             raise SystemExit(
-                f"{path} has not {math.prod(shape):,} bytes, as this run made it: --overwrite starts again."
+                f"{path} has not the {math.prod(shape):,} bytes it was made with: --overwrite starts again."
             )
         self.map = np.memmap(path, np.uint8, "r+", shape=shape) if args.replay_dir else None
         self.frames = np.zeros(shape, np.uint8) if self.map is None else self.map.view(np.ndarray)
