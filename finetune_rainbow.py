@@ -100,7 +100,9 @@ class Args:
 
     seed: int = 0  # of the initialisation, the environment, exploration, sampling, augmentation and the evaluation
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train and to act
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bfloat16 autocast on GPUs and CPUs that compute in it
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # auto: bfloat16 for the ResNet where the hardware computes in it
+    )
     compile: bool = torch.cuda.is_available()  # torch.compile the update and the choice of actions
     results: Path = Path("results")  # folder of the results
     overwrite: bool = False  # replace the result, if there is one, and start an unfinished run afresh
@@ -865,7 +867,8 @@ def finetune(args: Args) -> None:
     # The environment, the networks and the optimizer.
     env = Environment(args, game)
     model = Rainbow(args, backbone, env.num_actions).to(device, memory_format=torch.channels_last)
-    precision = autocast(device, args.precision)
+    small = args.encoder == "nature" and args.precision == "auto"  # convolutions that bfloat16 makes no faster
+    precision = autocast(device, "fp32" if small else args.precision)
     with precision:
         if model.frozen and torch.is_autocast_enabled(device.type):  # its weights are cast once, not in every pass
             backbone.to(torch.get_autocast_dtype(device.type))

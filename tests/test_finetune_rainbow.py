@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL, load, run
 from PIL import Image
-from test_pretrain import assert_equal, checkpoint, scalars, start
+from test_pretrain import assert_equal, checkpoint, scalars, start, wait_for
 
 rainbow = load("finetune_rainbow.py")
 SCRIPT = "finetune_rainbow.py"
@@ -239,11 +239,41 @@ def test_saving_a_replay_after_a_kill_and_on_a_full_disk(saved, tmp_path):
     logs = Path("data") / "Pong" / "0" / "replay_logs"
     process = start_limited(5000, *args, "--log-every", 100, cwd=tmp_path)
     fails(process, f"{logs}/$store$_observation_ckpt.2.gz cannot be written")
-    assert len([*(tmp_path / logs).iterdir()]) == 4  # the first checkpoint's
+    assert len([*(tmp_path / logs).iterdir()]) == 4 + 1  # the first checkpoint's, and whose they are
     run(SCRIPT, *args, cwd=tmp_path)
     for number in (1, 2):
         assert_equal(replay(tmp_path, number), replay(saved, number))
     assert_equal(policy(tmp_path), policy(saved))
+
+
+def test_killed_before_a_checkpoint(saved, tmp_path):
+    """The same command begins again, in the folders that are marked as its own, and ends as if nothing had been."""
+    kill(40, *SAVED, cwd=tmp_path)
+    assert "from step 0 of 120" in run(SCRIPT, *SAVED, cwd=tmp_path).stdout
+    for number in (1, 2):
+        assert_equal(replay(tmp_path, number), replay(saved, number))
+    assert_equal(policy(tmp_path), policy(saved))
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Has a run's folder and that of its frames. What another program has in such a folder is kept, too."""
+    args = (*NATURE, "--total-steps", 100_000, "--replay-dir", "disk")
+    process = start(SCRIPT, *args, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
+    for options, name in (((), "runs/finetune_rainbow__nature__pong__0"), (("--method", "mine"), "disk")):
+        done = run(SCRIPT, *args, *options, cwd=tmp_path, code=1)
+        assert f"{name} cannot be used (BlockingIOError" in done.stderr
+        assert "Wait for the run that has it" in done.stderr
+    process.kill()  # which it has not been until now
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    fails(cut_off(signal.SIGTERM, 1, *args, cwd=tmp_path), "To go on: the same command again")  # it is free again
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "frames.bin").write_text("mine")
+    done = run(SCRIPT, *QUICK, "--replay-dir", "home", cwd=tmp_path, code=1)
+    assert "home cannot be used" in done.stderr and "frames.bin" in done.stderr
+    assert (tmp_path / "home" / "frames.bin").read_text() == "mine"
 
 
 def test_no_room_for_the_frames(tmp_path):

@@ -435,6 +435,7 @@ SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
     ],
 )
 def test_bad_arguments(changes, message):
-    rainbow.check(rainbow.Args("pong"))
+    for good in ({}, SAVE, SAVE | {"save_replay_rows": 400, "replay_capacity": 400}):
+        rainbow.check(rainbow.Args("pong", **good))
     with pytest.raises(SystemExit, match=message):
         rainbow.check(rainbow.Args("pong", **changes))
