@@ -1,4 +1,4 @@
-"""Does Rainbow learn? Freeway with the Nature CNN on a CPU, 12,000 agent steps, three seeds, against random play.
+"""Does Rainbow learn? Freeway with the Nature CNN on a CPU, 12,000 agent steps, three seeds, against fixed players.
 
     python benchmarks/rainbow_learning.py        about 6 minutes a seed on 2 cores; what is done already is kept
 
@@ -34,14 +34,18 @@ def load():
 
 
 def main() -> None:
-    random_scores, _ = load().play_episodes(GAME, None, 20, 27_000, epsilon=1.0, seed=0)
+    play = load().play_episodes
+    players = {"random": (None, 1.0), "always up": (lambda stacks: np.ones(len(stacks), int), 0.001)}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(random_scores.mean(), color="black", linestyle="--", label="random play, 20 episodes")
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"{GAME}, 20 episodes each: mean (least-greatest)\n\n| player | score | minutes |\n|---|---|---|")
-    print(f"| random | {random_scores.mean():.2f} ({random_scores.min():g}-{random_scores.max():g}) | |", flush=True)
-    figures = {"random": random_scores.tolist()}
+    figures = {}
+    for (name, (act, epsilon)), style in zip(players.items(), ("--", ":"), strict=True):
+        scores, _ = play(GAME, act, 20, 27_000, epsilon, seed=0)
+        figures[name] = scores.tolist()
+        axes.axhline(scores.mean(), color="black", linestyle=style, label=f"{name}, 20 episodes")
+        print(f"| {name} | {scores.mean():.2f} ({scores.min():g}-{scores.max():g}) | |", flush=True)
     for seed in SEEDS:
         command = [sys.executable, ROOT / "finetune_rainbow.py", "--game", GAME, "--seed", str(seed), *SETTINGS]
         subprocess.run(command, cwd=FOLDER, check=True, stdout=subprocess.DEVNULL)
