@@ -303,6 +303,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     assert not [*frames.parent.iterdir()]  # another run may have it now
 
 
+def test_policy_is_the_target_network(tmp_path):
+    """Which with a momentum of 1 stays what it was at first, whatever the online network learns."""
+    run(SCRIPT, *QUICK, "--target-momentum", 1, cwd=tmp_path)
+    torch.manual_seed(0)
+    args = rainbow.Args("pong", width_multiplier=0.125, blocks=(1, 1, 1, 1))
+    first = rainbow.Rainbow(args, rainbow.make_backbone(args)[0], actions=6).target
+    assert_equal(policy(tmp_path), {"neck": first.neck.state_dict(), "head": first.head.state_dict()})
+
+
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     """An absurd learning rate: the first update is finite and saved, the next one's loss is not."""
     done = run(SCRIPT, *QUICK, "--learning-rate", 1e30, "--save-every", 9, cwd=tmp_path, code=1)
