@@ -426,7 +426,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck and head [shared] ===========================================================================================
+# === neck [shared] ====================================================================================================
 class Neck(nn.Module):
     """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
@@ -441,8 +441,15 @@ class Neck(nn.Module):
         return self.mlp(self.norm((maps * embed).mean((2, 3))))
 
 
+# === game linear [shared] =============================================================================================
+def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
+    every = x @ weight  # [games, b, a]: about 1% of the ResNet's work; a matrix for each sample would take 512 MB
+    return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, bias)
+
+
 class GameLinear(nn.Module):
-    """A linear layer for each game, y = x W_g + b_g: [b, d], game_id [b] -> [b, a]"""
+    """`game_linear` of its own tables: x [b, d], game_id [b] -> [b, a]"""
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
@@ -450,8 +457,7 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
-        return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
+        return game_linear(x, game_id, self.weight, self.bias)
 
 
 # === device [shared] ==================================================================================================
@@ -482,7 +488,7 @@ def lr_multiplier(step: int, total_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
-# === pre-trained backbone [shared] ====================================================================================
+# === checkpoint files [shared] ========================================================================================
 def load_backbone(backbone: nn.Module, path: Path) -> str:
     """Loads the backbone of our checkpoint or of the original authors' .pth; returns the name of its objective."""
     with clear_errors(path, "It must be a checkpoint of a pretrain_*.py run or a .pth of the Atari-PB authors."):
@@ -501,6 +507,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> str:
     return content.get("objective", path.stem)
 
 
+# === pre-trained backbone [shared] ====================================================================================
 def make_backbone(args) -> tuple[ResNet, str]:
     """The backbone that the arguments ask for, initialised or loaded, and the method's name in the results."""
     backbone = ResNet(args.width_multiplier, args.blocks)
@@ -516,8 +523,9 @@ def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float,
     """Raw scores [episodes] of complete episodes; to record, the first one's frames too, a list of uint8 [84, 84].
 
     One environment for each episode, so that each counts once however long it is: no sticky actions, up to 30 no-ops
-    at the start, all lives. `act` maps stacks, uint8 [n, 4, 84, 84], to actions [n]; with probability epsilon an action
-    is drawn from all of the game's instead.
+    at the start, all lives. `act` maps the stacks of the n that still run, uint8 [n, 4, 84, 84], which these are [n],
+    and the actions and rewards of their last steps [n], to actions [n]; with probability epsilon an action is drawn
+    from all of the game's instead.
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False, max_num_frames_per_episode=4 * max_steps)
@@ -525,15 +533,16 @@ def play_episodes(game: str, act, episodes: int, max_steps: int, epsilon: float,
     rng = np.random.default_rng(seed)
     stacks, _ = env.reset(seed=int(rng.integers(2**30)))  # [episodes, 4, 84, 84]
     scores, running, frames, step = np.zeros(episodes), np.full(episodes, True), [], 0
+    actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
     with tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False) as bar:
         while running.any():
             bar.set_postfix_str(f"step {(step := step + 1)}", refresh=False)
             if running[0] and record:
                 frames.append(stacks[0, -1].copy())
+            which = running.nonzero()[0]
+            greedy = act(stacks[running], which, actions[running], rewards[running])
             actions = rng.integers(env.single_action_space.n, size=episodes)
-            greedy = running & (rng.random(episodes) >= epsilon)
-            if greedy.any():
-                actions[greedy] = act(stacks[greedy])
+            actions[which] = np.where(rng.random(episodes)[running] < epsilon, actions[running], greedy)
             stacks, rewards, terminated, truncated, _ = env.step(actions)
             scores[running] += rewards[running]
             running &= ~(terminated | truncated)
@@ -558,10 +567,10 @@ def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
                 raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}.")
 
 
-def find_run(args, suite: str, method: str, game: str) -> tuple[Path, Path, dict]:
-    """Paths of the result and of the run's folder, and the arguments in plain types.
+def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
+    """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
-    Ends the program if the result is there already; with an error, if it or the run had other arguments.
+    Ends the program with an error if result or run had other arguments.
     """
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
@@ -579,7 +588,7 @@ def find_run(args, suite: str, method: str, game: str) -> tuple[Path, Path, dict
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
     if result.exists() and not args.overwrite:
         print(f"{result} is there already. To make it again: --overwrite")
-        raise SystemExit
+        result = None
     return result, run_dir, plain_args
 
 
@@ -633,6 +642,8 @@ def finetune(args: Args) -> None:
     torch.manual_seed(args.seed)
     backbone, method = make_backbone(args)
     result, run_dir, plain_args = find_run(args, "bc", method, game)
+    if result is None:
+        return
 
     # The game's data, the policy and its optimizer.
     shards = prepare(args, (game,), args.num_transitions // max(len(args.runs) * len(args.checkpoints), 1))
@@ -694,7 +705,7 @@ def finetune(args: Args) -> None:
         recent, clock, images = [], time.perf_counter(), 0
 
     @torch.no_grad()
-    def act(stacks: np.ndarray) -> np.ndarray:
+    def act(stacks: np.ndarray, *_) -> np.ndarray:
         with precision:
             logits = policy(torch.from_numpy(stacks).to(device) / 255)
         return logits[:, :num_actions].argmax(1).cpu().numpy()

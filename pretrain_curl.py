@@ -390,7 +390,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck and head [shared] ===========================================================================================
+# === neck [shared] ====================================================================================================
 class Neck(nn.Module):
     """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
@@ -405,8 +405,15 @@ class Neck(nn.Module):
         return self.mlp(self.norm((maps * embed).mean((2, 3))))
 
 
+# === game linear [shared] =============================================================================================
+def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
+    every = x @ weight  # [games, b, a]: about 1% of the ResNet's work; a matrix for each sample would take 512 MB
+    return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, bias)
+
+
 class GameLinear(nn.Module):
-    """A linear layer for each game, y = x W_g + b_g: [b, d], game_id [b] -> [b, a]"""
+    """`game_linear` of its own tables: x [b, d], game_id [b] -> [b, a]"""
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
@@ -414,8 +421,7 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
-        return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
+        return game_linear(x, game_id, self.weight, self.bias)
 
 
 # === device [shared] ==================================================================================================
@@ -456,20 +462,24 @@ def mean_over(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 # === contrast [shared] ================================================================================================
-def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0):
-    """InfoNCE (1807.03748), the cross-entropy of finding a query's key among the keys of all samples and processes.
-
-    query [b, d], key [b, d] (without gradient), keep bool [b]: samples left out stay as negatives -> loss, accuracy
-    """
+def similarities(query: torch.Tensor, key: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Of queries [b, d] to the keys [b, d] (without gradient) of all processes, q_i . c_j / T -> [b, WORLD_SIZE * b]"""
     with torch.autocast(query.device.type, enabled=False):
         keys = key.float()
         if WORLD_SIZE > 1:
             keys = keys.new_empty(WORLD_SIZE * len(key), key.shape[1])
             dist.all_gather_into_tensor(keys, key.float())
-        logits = query.float() @ keys.T / temperature  # [b, WORLD_SIZE * b]
-        own = torch.arange(len(query), device=query.device) + RANK * len(query)
-        loss = F.cross_entropy(logits, own, reduction="none")
-        return mean_over(loss, keep), mean_over((logits.argmax(1) == own).float(), keep)
+        return query.float() @ keys.T / temperature
+
+
+def info_nce(logits: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE (1807.03748), the cross-entropy of finding a query's key among the keys of all samples and processes.
+
+    logits [b, WORLD_SIZE * b or more] as of `similarities`, keep bool [b] -> loss, accuracy: means over those to keep
+    """
+    own = torch.arange(len(logits), device=logits.device) + RANK * len(logits)
+    loss = F.cross_entropy(logits, own, reduction="none")
+    return mean_over(loss, keep), mean_over((logits.argmax(1) == own).float(), keep)
 
 
 # === momentum networks [shared] =======================================================================================
@@ -504,7 +514,8 @@ class CURL(nn.Module):
         query = self.head(self.neck(self.backbone(view), game_id), game_id)  # q [b, 512]
         with torch.no_grad():
             key = self.target.neck(self.target.backbone(other_view), game_id)  # c [b, 512]
-        loss, accuracy = info_nce(query, key, torch.ones_like(game_id, dtype=torch.bool), self.args.temperature)
+        keep = torch.ones_like(game_id, dtype=torch.bool)
+        loss, accuracy = info_nce(similarities(query, key, self.args.temperature), keep)
         return loss, {"accuracy": accuracy}
 
     def update_target(self, step: int) -> dict[str, float]:
@@ -521,7 +532,8 @@ FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume ove
 
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
     """Plain types and tensors: the parts of the objective after `step` steps, and all that it takes to go on."""
-    content = {"format": "atari-pb/1", "objective": Path(__file__).stem.removeprefix("pretrain_"), "step": step}
+    name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
+    content = {"format": "atari-pb/1", "objective": name, "step": step}
     content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
     content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
     content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same

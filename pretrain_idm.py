@@ -387,7 +387,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck and head [shared] ===========================================================================================
+# === neck [shared] ====================================================================================================
 class Neck(nn.Module):
     """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
@@ -402,8 +402,15 @@ class Neck(nn.Module):
         return self.mlp(self.norm((maps * embed).mean((2, 3))))
 
 
+# === game linear [shared] =============================================================================================
+def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
+    every = x @ weight  # [games, b, a]: about 1% of the ResNet's work; a matrix for each sample would take 512 MB
+    return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, bias)
+
+
 class GameLinear(nn.Module):
-    """A linear layer for each game, y = x W_g + b_g: [b, d], game_id [b] -> [b, a]"""
+    """`game_linear` of its own tables: x [b, d], game_id [b] -> [b, a]"""
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
@@ -411,8 +418,7 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
-        return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
+        return game_linear(x, game_id, self.weight, self.bias)
 
 
 # === device [shared] ==================================================================================================
@@ -509,7 +515,8 @@ FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume ove
 
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
     """Plain types and tensors: the parts of the objective after `step` steps, and all that it takes to go on."""
-    content = {"format": "atari-pb/1", "objective": Path(__file__).stem.removeprefix("pretrain_"), "step": step}
+    name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
+    content = {"format": "atari-pb/1", "objective": name, "step": step}
     content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
     content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
     content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same

@@ -422,14 +422,11 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 
 
 # === transformer [shared] =============================================================================================
-def sin_cos_position() -> torch.Tensor:
-    """Fixed codes of the 6 x 6 cells, row by row: 256 channels for the column, 256 for the row -> [36, 512]
-
-    Each is [sin, cos] of the coordinate at 128 frequencies, 1 / 10000^(i/128).
-    """
-    angles = torch.arange(6)[:, None] * 10000 ** -(torch.arange(128) / 128)  # [6, 128]
-    codes = torch.cat([angles.sin(), angles.cos()], 1)  # [6, 256]
-    return torch.cat([codes.repeat(6, 1), codes.repeat_interleave(6, 0)], 1)
+def sin_cos(positions: int, channels: int) -> torch.Tensor:
+    """Fixed codes of positions 0, 1, ...: [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [positions, c]"""
+    half = channels // 2
+    angles = torch.arange(positions)[:, None] * 10000 ** -(torch.arange(half) / half)  # [positions, c/2]
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -440,27 +437,34 @@ def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return linear
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention in 4 heads: [b, n, 512], [b, m, 512], [b, m, 512] -> [b, n, 512]"""
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    """Softmax attention in 4 heads, if causal to no later token: [b, n, 512], [b, m, 512] twice -> [b, n, 512]"""
     heads = [x.unflatten(2, (4, -1)).transpose(1, 2) for x in (query, key, value)]  # [b, 4, n or m, 128] each
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: self-attention, then an MLP, each added to its input: [b, n, 512] -> the same"""
 
-    def __init__(self):
+    def __init__(self, causal: bool = False):
         super().__init__()
+        self.causal = causal
         self.attn_norm, self.mlp_norm = nn.LayerNorm(512), nn.LayerNorm(512)
         self.attn_qkv, self.attn_out = xavier_linear(512, 3 * 512, bias=False), xavier_linear(512, 512)
         self.mlp_in, self.mlp_out = xavier_linear(512, 2048), xavier_linear(2048, 512)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn_out(attention(*self.attn_qkv(self.attn_norm(x)).chunk(3, 2)))
+        x = x + self.attn_out(attention(*self.attn_qkv(self.attn_norm(x)).chunk(3, 2), self.causal))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 # === masked autoencoder [shared] ======================================================================================
+def cell_position() -> torch.Tensor:
+    """Fixed codes of the 6 x 6 cells, row by row: 256 channels for the column, 256 for the row -> [36, 512]"""
+    codes = sin_cos(6, 256)
+    return torch.cat([codes.repeat(6, 1), codes.repeat_interleave(6, 0)], 1)
+
+
 class Encoder(nn.Module):
     """The ResNet's 36 cells as tokens, and a transformer over those of them that are to be seen."""
 
@@ -470,7 +474,7 @@ class Encoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 512))
         self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(4))), nn.LayerNorm(512)
-        self.register_buffer("position", sin_cos_position(), persistent=False)
+        self.register_buffer("position", cell_position(), persistent=False)
 
     def tokens(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         """maps [b, c, 6, 6], game_id [b] -> [b, 36, 512]"""
@@ -491,7 +495,7 @@ class Decoder(nn.Module):
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(512)
         self.recon_weight = nn.Parameter(torch.randn(games, 512, 784) * (2 / math.sqrt(512 + 784)))
         self.recon_bias = nn.Parameter(torch.zeros(games, 784))
-        self.register_buffer("position", F.pad(sin_cos_position(), (0, 0, 1, 0)), persistent=False)  # cls: 0
+        self.register_buffer("position", F.pad(cell_position(), (0, 0, 1, 0)), persistent=False)  # cls: 0
 
     def tokens(self, encoded: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """The decoder's tokens from those encoded, [b, 1 + n, 512], with `rank` [b, 36] as of `mask` -> [b, 37, 512]"""
@@ -622,7 +626,8 @@ FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume ove
 
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
     """Plain types and tensors: the parts of the objective after `step` steps, and all that it takes to go on."""
-    content = {"format": "atari-pb/1", "objective": Path(__file__).stem.removeprefix("pretrain_"), "step": step}
+    name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
+    content = {"format": "atari-pb/1", "objective": name, "step": step}
     content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
     content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
     content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same

@@ -392,7 +392,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck and head [shared] ===========================================================================================
+# === neck [shared] ====================================================================================================
 class Neck(nn.Module):
     """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
@@ -407,8 +407,15 @@ class Neck(nn.Module):
         return self.mlp(self.norm((maps * embed).mean((2, 3))))
 
 
+# === game linear [shared] =============================================================================================
+def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
+    every = x @ weight  # [games, b, a]: about 1% of the ResNet's work; a matrix for each sample would take 512 MB
+    return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, bias)
+
+
 class GameLinear(nn.Module):
-    """A linear layer for each game, y = x W_g + b_g: [b, d], game_id [b] -> [b, a]"""
+    """`game_linear` of its own tables: x [b, d], game_id [b] -> [b, a]"""
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
@@ -416,8 +423,7 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        every = x @ self.weight  # [games, b, a]: under 1% of the ResNet's work; a matrix a sample would take 512 MB
-        return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
+        return game_linear(x, game_id, self.weight, self.bias)
 
 
 # === device [shared] ==================================================================================================
@@ -458,20 +464,24 @@ def mean_over(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 # === contrast [shared] ================================================================================================
-def info_nce(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0):
-    """InfoNCE (1807.03748), the cross-entropy of finding a query's key among the keys of all samples and processes.
-
-    query [b, d], key [b, d] (without gradient), keep bool [b]: samples left out stay as negatives -> loss, accuracy
-    """
+def similarities(query: torch.Tensor, key: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Of queries [b, d] to the keys [b, d] (without gradient) of all processes, q_i . c_j / T -> [b, WORLD_SIZE * b]"""
     with torch.autocast(query.device.type, enabled=False):
         keys = key.float()
         if WORLD_SIZE > 1:
             keys = keys.new_empty(WORLD_SIZE * len(key), key.shape[1])
             dist.all_gather_into_tensor(keys, key.float())
-        logits = query.float() @ keys.T / temperature  # [b, WORLD_SIZE * b]
-        own = torch.arange(len(query), device=query.device) + RANK * len(query)
-        loss = F.cross_entropy(logits, own, reduction="none")
-        return mean_over(loss, keep), mean_over((logits.argmax(1) == own).float(), keep)
+        return query.float() @ keys.T / temperature
+
+
+def info_nce(logits: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE (1807.03748), the cross-entropy of finding a query's key among the keys of all samples and processes.
+
+    logits [b, WORLD_SIZE * b or more] as of `similarities`, keep bool [b] -> loss, accuracy: means over those to keep
+    """
+    own = torch.arange(len(logits), device=logits.device) + RANK * len(logits)
+    loss = F.cross_entropy(logits, own, reduction="none")
+    return mean_over(loss, keep), mean_over((logits.argmax(1) == own).float(), keep)
 
 
 # === momentum networks [shared] =======================================================================================
@@ -484,16 +494,17 @@ def update_momentum(target: nn.ModuleDict, objective: nn.Module, progress: float
     return {"momentum": tau}
 
 
-# === objective: SPR ===================================================================================================
+# === self-prediction [shared] =========================================================================================
 class Predictor(GameLinear):
-    """The features of the stack after each action, predicted: z_0 [b, 512], action [b, K] -> q [b*K, 512]"""
+    """A recurrent model of the games, and the layer h from its states to predictions."""
 
     def __init__(self, games: int):
         super().__init__(games, 512, 512)  # h
         self.action_embed = nn.Parameter(torch.randn(games * 18, 18))  # e
         self.transition = nn.ParameterDict(nn.RNN(18, 512).named_parameters())  # W, U, b, d; torch.compile has no RNN
 
-    def forward(self, z: torch.Tensor, action: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
+    def roll_out(self, z: torch.Tensor, action: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
+        """Features z_0 [b, 512] and the actions from there on [b, K] -> z_1, ..., z_K [b, K, 512]"""
         rnn = self.transition
         actions = F.embedding(18 * game_id[:, None] + action, self.action_embed)  # [b, K, 18]
         inputs = F.linear(actions, rnn["weight_ih_l0"], rnn["bias_ih_l0"])  # [b, K, 512]
@@ -501,9 +512,10 @@ class Predictor(GameLinear):
         for x in inputs.unbind(1):
             z = torch.tanh(x + F.linear(z, rnn["weight_hh_l0"], rnn["bias_hh_l0"]))  # [b, 512]
             states.append(z)
-        return super().forward(torch.stack(states, 1).flatten(0, 1), game_id.repeat_interleave(action.shape[1]))
+        return torch.stack(states, 1)
 
 
+# === objective: SPR ===================================================================================================
 class SPR(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
@@ -524,11 +536,11 @@ class SPR(nn.Module):
 
     def loss(self, obs, next_obs, action, game_id, done):
         z = self.neck(self.backbone(obs), game_id)  # z_0 [b, 512]
-        prediction = self.head(z, action, game_id)  # q [b*K, 512]
+        games = game_id.repeat_interleave(action.shape[1])  # [b*K]
+        prediction = self.head(self.head.roll_out(z, action, game_id).flatten(0, 1), games)  # q [b*K, 512]
         with torch.no_grad():
-            maps = self.target.backbone(next_obs.flatten(0, 1))  # [b*K, 2048, 6, 6]
-            target = self.target.neck(maps, game_id.repeat_interleave(action.shape[1]))  # c [b*K, 512]
-        loss, accuracy = info_nce(prediction, target, ~done.flatten())
+            target = self.target.neck(self.target.backbone(next_obs.flatten(0, 1)), games)  # c [b*K, 512]
+        loss, accuracy = info_nce(similarities(prediction, target), ~done.flatten())
         return loss, {"accuracy": accuracy}
 
     def update_target(self, step: int) -> dict[str, float]:
@@ -545,7 +557,8 @@ FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume ove
 
 def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
     """Plain types and tensors: the parts of the objective after `step` steps, and all that it takes to go on."""
-    content = {"format": "atari-pb/1", "objective": Path(__file__).stem.removeprefix("pretrain_"), "step": step}
+    name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
+    content = {"format": "atari-pb/1", "objective": name, "step": step}
     content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
     content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
     content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same

@@ -12,7 +12,7 @@ from golden.fill import fill_array, make_batch, make_noise
 from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
-OBJECTIVES = ("curl", "atc", "mae", "siammae", "bc", "spr", "idm")
+OBJECTIVES = ("curl", "atc", "mae", "siammae", "r3m", "bc", "spr", "idm", "spr_idm", "dt", "cql")
 modules = {name: load(f"pretrain_{name}.py") for name in OBJECTIVES}
 atc, bc = modules["atc"], load("finetune_bc.py")
 TINY = {"width_multiplier": 0.0625, "blocks": (1, 1, 1, 1)}
@@ -45,7 +45,7 @@ def check(numbers: dict, parts: dict[str, nn.Module], loss: torch.Tensor) -> Non
 def check_features(numbers: dict, objective: nn.Module, obs: torch.Tensor, game_id: torch.Tensor) -> None:
     with torch.no_grad():
         features = {"backbone_slice": objective.backbone(obs)}
-        if "neck_slice" in numbers:
+        if "neck_slice" in numbers:  # of those that end in 512 features
             features["neck_slice"] = objective.neck(features["backbone_slice"], game_id)
     maps = features["backbone_slice"]
     assert maps.mean().item() == pytest.approx(float(numbers["backbone_mean"]), rel=1e-5)
@@ -61,8 +61,9 @@ def stacks_of(batch: dict, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_golden(name):
-    """Features, loss, accuracy and gradient norms of the whole network on the golden parameters and batch."""
-    numbers, batch = golden(name), make_batch("given/", n=4, t=5 if name == "spr" else 1)
+    """Features, loss, metrics and gradient norms of the whole network on the golden parameters and batch."""
+    numbers = golden("cql_dist" if name == "cql" else name)
+    batch = make_batch("given/", n=4, t={"spr": 5, "spr_idm": 5, "dt": 8}.get(name, 1), two_futures=name == "r3m")
     objective = modules[name].Objective(modules[name].Args())
     parts = {"backbone": objective.backbone, "neck": objective.neck, "head": objective.head}
     fill(parts, numbers)
@@ -71,23 +72,33 @@ def test_golden(name):
     stacks = torch.from_numpy(batch["obs"]).float() / 255  # [4, t, 4, 84, 84]
     obs, next_obs = stacks[:, 0], torch.from_numpy(batch["next_obs"])[:, 0] / 255
     game_id, done = (torch.from_numpy(batch[key][:, 0]) for key in ("game_id", "done"))
-    action, done = torch.from_numpy(batch["action"]), done.bool()
-    noise = torch.from_numpy(make_noise("given/", 4, 36))
+    action, rtg, done = torch.from_numpy(batch["action"]), torch.from_numpy(batch["rtg"]), done.bool()
+    noise, none_done = torch.from_numpy(make_noise("given/", 4, 36)), torch.zeros(4, 8, dtype=torch.bool)
     inputs = {
         "curl": (obs, obs, game_id),
         "atc": (obs, next_obs, game_id, done),
         "mae": (obs, obs, game_id, noise),
         "siammae": (obs, next_obs, next_obs, game_id, noise),
+        "r3m": (obs, next_obs[:, :1].squeeze(1), next_obs[:, 1:].squeeze(1), game_id, done),
         "bc": (obs, action[:, 0], game_id),
-        "spr": (obs, stacks[:, 1:], action[:, :4], game_id, torch.zeros(4, 4, dtype=torch.bool)),
+        "spr": (obs, stacks[:, 1:], action[:, :4], game_id, none_done[:, :4]),
         "idm": (obs, next_obs, action[:, 0], game_id, done),
+        "spr_idm": (obs, stacks[:, 1:], action[:, :4], game_id, none_done[:, :4]),
+        "dt": (stacks, action, rtg, game_id, none_done),
+        "cql": (obs, next_obs, action[:, 0], rtg[:, 0], done, game_id),
     }
     check_features(numbers, objective, stacks.flatten(0, 1), game_id.repeat_interleave(stacks.shape[1]))
     loss, metrics = objective.loss(*inputs[name])
     check(numbers, parts, loss)
     accuracy = [float(value) for key, value in numbers.items() if key.endswith("_acc")]
     assert [metrics["accuracy"].item() for _ in accuracy] == pytest.approx(accuracy)
-    assert len(accuracy) == ("accuracy" in metrics)
+    assert len(accuracy) == ("accuracy" in metrics and name != "cql")
+    if name == "spr_idm":  # there it is minus the mean cosine
+        assert metrics["spr_loss"].item() == pytest.approx(float(numbers["log_spr_loss"]), rel=1e-4)
+        assert metrics["idm_loss"].item() == pytest.approx(float(numbers["log_idm_loss"]), rel=1e-5)
+    if name == "cql":
+        assert metrics["td_loss"].item() == pytest.approx(float(numbers["log_kl_loss"]), rel=1e-5)
+        assert metrics["conservative_loss"].item() == pytest.approx(float(numbers["log_cql_loss"]), rel=1e-5)
 
 
 def test_fine_tuning_policy_is_the_golden_network_for_one_game():
@@ -163,13 +174,13 @@ def test_game_linear_is_a_matrix_for_each_game():
 
 def test_info_nce_leaves_samples_out_but_keeps_them_as_negatives():
     query, key, keep = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([True, False, True])
-    loss, accuracy = atc.info_nce(query, key, keep, temperature=2.0)
+    loss, accuracy = atc.info_nce(atc.similarities(query, key, temperature=2.0), keep)
     logits = (query @ key.T / 2).tolist()
     losses = [math.log(sum(math.exp(x) for x in row)) - row[i] for i, row in enumerate(logits)]
     assert loss.item() == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)
     hits = [row.index(max(row)) == i for i, row in enumerate(logits)]
     assert accuracy.item() == pytest.approx((hits[0] + hits[2]) / 2)
-    assert atc.info_nce(query, key, torch.zeros(3, dtype=torch.bool))[0].item() == 0  # none kept: no loss, no NaN
+    assert atc.info_nce(query @ key.T, torch.zeros(3, dtype=torch.bool))[0].item() == 0  # none kept: no loss, no NaN
 
 
 @pytest.mark.parametrize("games", [[0, 1, 0, 4, 0, 0, 0], [3], [3, 1] * 32, [1] * 64, [4, *[0] * 21, *[2] * 42]])
