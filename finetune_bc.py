@@ -97,6 +97,7 @@ ID_GAMES = tuple(  # the 50 games of pre-training
 )
 NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
 FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
+TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 
 
 def parse_game(name: str) -> str:
@@ -190,7 +191,6 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
 
 
 # === data [shared] ====================================================================================================
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
 ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
 
@@ -558,6 +558,17 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)
 
 
+# === logging [shared] =================================================================================================
+def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
+    """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
+    with atomic_write(run_dir / "args.json") as file:
+        file.write(json.dumps(plain_args, indent=2).encode())
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+    return writer
+
+
 # === runs and results [shared] ========================================================================================
 def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
     """Ends the program if one of the arguments of these names is less."""
@@ -590,16 +601,6 @@ def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Pat
         print(f"{result} is there already. To make it again: --overwrite")
         result = None
     return result, run_dir, plain_args
-
-
-def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
-    """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
-    with atomic_write(run_dir / "args.json") as file:
-        file.write(json.dumps(plain_args, indent=2).encode())
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
-    return writer
 
 
 def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:

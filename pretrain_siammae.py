@@ -100,6 +100,7 @@ ID_GAMES = tuple(  # the 50 games of pre-training
 )
 NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
 FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
+TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 
 
 def parse_game(name: str) -> str:
@@ -157,7 +158,6 @@ def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list
 
 
 # === data [shared] ====================================================================================================
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
 ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
 

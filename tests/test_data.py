@@ -291,6 +291,26 @@ def test_atc_leaves_out_futures_of_other_episodes(atc, in_order, monkeypatch, br
     assert 0 < sum(ended) < len(ended)
 
 
+def test_dt_returns_to_go_end_with_the_episode_not_with_the_shard(atc, in_order, monkeypatch, pong, tmp_path):
+    """By hand: episodes end with rows 20 and 45 of a file of 60, of which 40 rows are read."""
+    reward, terminal = np.zeros(60, np.float32), np.zeros(60, np.uint8)
+    reward[[5, 18, 20, 30, 43, 45, 50]] = 7, -2, 1, 1, 1, -1, 1
+    terminal[[20, 45]] = 1
+    write(tmp_path, "Pong", pong[1][:60], reward=reward, terminal=terminal)
+    path = atc.prepare_shard(tmp_path / "cache", tmp_path, 40, "pong", 1, 1)
+    dt, given = load("pretrain_dt.py"), []
+    objective = dt.DT(dt.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1)))
+    monkeypatch.setattr(objective, "loss", lambda *inputs: given.extend(inputs))
+    batch = atc.Windows([(39, path)], objective.length, 10**6, 0, "all")[0]
+    objective({name: torch.as_tensor(array) for name, array in batch.items()})
+    of_row = [1] * 6 + [0] * 13 + [1] * 2 + [1] * 10 + [0] * 13  # 7 - 2 + 1 are 1 - 1 + 1; 1 + 1 - 1 from row 21 to 30
+    windows = 40 - 11 + 1  # of 3 rows before, and 8 steps
+    assert given[2].tolist() == [of_row[first + 3 : first + 11] for first in range(windows)]
+    steps = [[row > 20 and first + 3 <= 20 for row in range(first + 3, first + 11)] for first in range(windows)]
+    assert given[4].tolist() == steps  # past the end
+    assert objective.neck.largest_return[39] == 1
+
+
 # Files and the cache.
 def test_prepare_numbers_the_games(atc, breakout, tmp_path):
     """In the order of the games and their checkpoints; far-OOD games, which no table knows, are 0."""

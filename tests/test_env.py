@@ -68,7 +68,7 @@ def test_frames_are_those_of_gymnasium(bc, monkeypatch, game):
     """For the same actions, every step has to agree in the whole stack (so in every frame, the one after an episode's
     last action and the one after a reset included), in the raw reward, and in both flags, terminated and truncated."""
     limit, made = 300, spy(bc, monkeypatch)
-    bc.play_episodes(game, lambda stacks: np.zeros(len(stacks), int), 1, max_steps=1, epsilon=0, seed=0)
+    bc.play_episodes(game, lambda stacks, *_: np.zeros(len(stacks), int), 1, max_steps=1, epsilon=0, seed=0)
     options = made[0].options | dict(noop_max=0, max_num_frames_per_episode=4 * limit)  # else as in evaluation
     env = bc.AtariVectorEnv(game, 1, **options)
     plain = plain_env(game, max_num_frames_per_episode=4 * limit)
@@ -129,10 +129,11 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     else:
         assert largest > 1  # it is raw points that are added up
 
-    calls, actions = [], int(env.action_space.n)
+    calls, last, actions = [], [], int(env.action_space.n)
 
-    def act(stacks):
+    def act(stacks, which, action, reward):
         calls.append(stacks.copy())
+        last.append((which.copy(), action.copy(), reward.copy()))
         return pixel_sum(stacks, actions)
 
     found, frames = bc.play_episodes(game, act, episodes, max_steps, 0, seed, record=True)
@@ -140,6 +141,13 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     assert len(calls) == max(lengths)
     for step, stacks in enumerate(calls):  # asked of the running episodes alone
         np.testing.assert_array_equal(stacks, [stacks[step] for stacks in played if step < len(stacks)])
+    totals = np.zeros(episodes)
+    for step, (which, action, reward) in enumerate(last):  # which they are, and what they did and got before
+        assert which.tolist() == [i for i, stacks in enumerate(played) if step < len(stacks)]
+        before = [played[i][step - 1] for i in which] if step else None
+        assert action.tolist() == (pixel_sum(np.array(before), actions).tolist() if step else [0] * episodes)
+        totals[which] += reward
+    assert (totals <= scores).all() and totals.any()  # all but what the last steps brought
     assert not calls[0][:, :3].any()
     assert calls[0][:, 3].any((1, 2)).all()
     np.testing.assert_array_equal(frames, [stack[-1] for stack in played[0]])
@@ -148,7 +156,7 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
 def test_play_stops_at_max_steps(bc):
     calls = []
 
-    def act(stacks):
+    def act(stacks, *_):
         calls.append(len(stacks))
         return np.zeros(len(stacks), int)
 
@@ -159,12 +167,9 @@ def test_play_stops_at_max_steps(bc):
 
 
 def test_random_actions_are_all_of_the_games(bc, monkeypatch):
-    """epsilon = 1: uniform over all 18 actions, the last one too, and the policy is never asked."""
+    """epsilon = 1: uniform over all 18 actions, the last one too, whatever the policy says."""
     made = spy(bc, monkeypatch)
-
-    def act(stacks):
-        raise AssertionError("asked for a greedy action")
-
+    act = lambda stacks, *_: np.full(len(stacks), 4)  # noqa: E731
     bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0, record=True)
     counts = np.bincount(np.concatenate(made[0].actions), minlength=18)
     assert counts.sum() == 4 * 180
@@ -176,26 +181,27 @@ def test_random_actions_are_all_of_the_games(bc, monkeypatch):
 def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
     made, asked = spy(bc, monkeypatch), []
 
-    def act(stacks):
-        asked.append(len(stacks))
+    def act(stacks, which, action, reward):
+        asked.append((which, action))
         return np.full(len(stacks), 4)
 
     bc.play_episodes("boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0, record=True)
-    assert sum(asked) == 2 * 100
+    assert sum(len(which) for which, _ in asked) == 2 * 100
     assert (np.concatenate(made[0].actions) == 4).all()  # nothing else was ever played
 
     asked.clear()
     bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0, record=True)
-    assert 0.7 < sum(asked) / (4 * 180) < 0.8
     actions = np.concatenate(made[1].actions)
+    told = [action[which == 0] for which, action in asked[1:]]  # of the last step, the drawn actions too
+    assert np.concatenate(told).tolist() == [step[0] for step in made[1].actions[: len(told)]]
     assert 0.7 < (actions == 4).mean() < 0.83
     assert set(actions) == set(range(18))
 
 
 def test_play_is_a_function_of_its_seed(bc):
     def play(seed):
-        _, frames = bc.play_episodes("ms_pacman", lambda stacks: pixel_sum(stacks, 9), 1, 60, 0.5, seed, record=True)
-        return np.array(frames)
+        act = lambda stacks, *_: pixel_sum(stacks, 9)  # noqa: E731
+        return np.array(bc.play_episodes("ms_pacman", act, 1, 60, 0.5, seed, record=True)[1])
 
     np.testing.assert_array_equal(play(0), play(0))
     assert (play(0) != play(1)).any()

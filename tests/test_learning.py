@@ -92,13 +92,15 @@ def random_play(tmp_path_factory):
     [
         ("atc", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),  # the default is for 2M steps
         ("curl", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),
+        ("r3m", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),
         ("spr", {"total_steps": 100, "batch_size": 16, "learning_rate": 3e-4}),
     ],
 )
 def test_contrast_finds_the_own_key_of_unseen_frames(method, changes, tmp_path, random_play):
     """Among the keys of 64 samples, above 5 times chance; the game alone would tell 4 times.
 
-    The own key is ATC's stack 3 steps later, CURL's other view, SPR's stack 1 to 4 steps ahead.
+    The own key is ATC's stack 3 steps later, CURL's other view, SPR's stack 1 to 4 steps ahead, R3M's 3 steps later, to be
+    told from the one 6 steps later, too.
     """
     learned = Learned(method, tmp_path, random_play, **changes)
     keys = 64 * (4 if method == "spr" else 1)
@@ -173,10 +175,22 @@ def predictable_play(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["bc", "idm"])
-def test_actions_of_a_predictable_player_are_predicted_on_unseen_frames(method, tmp_path, predictable_play):
-    """Far better than by each game's commonest action. The present tells this action; IDM sees the next stack too."""
-    learned = Learned(method, tmp_path, predictable_play, total_steps=300, batch_size=32, learning_rate=5e-4)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("bc", {"total_steps": 300, "batch_size": 32}),
+        ("idm", {"total_steps": 300, "batch_size": 32}),
+        ("spr_idm", {"total_steps": 200, "batch_size": 16}),
+        ("dt", {"total_steps": 200, "batch_size": 8}),
+        ("cql", {"total_steps": 300, "batch_size": 32}),
+    ],
+)
+def test_actions_of_a_predictable_player_are_predicted_on_unseen_frames(method, changes, tmp_path, predictable_play):
+    """Far better than by each game's commonest action. The present tells this action; IDM sees the next stack too.
+
+    Of CQL it is the action of the largest value, of DT that of each of the 8 steps.
+    """
+    learned = Learned(method, tmp_path, predictable_play, learning_rate=5e-4, **changes)
     majority = learned.majority()
     assert majority < 0.7  # the player does vary
     assert learned.metrics()["accuracy"] > majority + 0.2 * (1 - majority)

@@ -1,5 +1,6 @@
 """The network and the objectives against torchvision and against numbers computed with the original code."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -217,13 +218,15 @@ def test_default_masks_leave_the_papers_numbers_of_cells(name):
 
 
 def window_batch(length: int, b: int = 3) -> dict[str, torch.Tensor]:
-    """Windows whose row i shows frames of brightness 10 i."""
+    """Windows whose row i shows frames of brightness 10 i, action i, reward 1 and a return-to-go of -i."""
     zeros = torch.zeros(b, length, dtype=torch.uint8)
     frames = torch.arange(length, dtype=torch.uint8).mul(10)[None, :, None, None].expand(b, length, 84, 84)
     fields = {
         "starts": zeros.bool(),
         "action": zeros + torch.arange(length, dtype=torch.uint8),
+        "reward": (zeros + 1).to(torch.int8),
         "terminal": zeros.bool(),
+        "return_to_go": zeros.float() - torch.arange(length),
     }
     return {"frames": frames, "game_id": torch.arange(b)} | fields
 
@@ -247,7 +250,8 @@ def test_forward_takes_the_right_rows(name, monkeypatch):
         return torch.allclose(stacks, (now + 10 * later / 255).view(4, 1, 1))
 
     (obs, *rest), last = given[0], objective.length - 4
-    assert obs.shape == (3, 4, 84, 84) and shows(obs, 0)
+    assert obs.shape == ((3, 8, 4, 84, 84) if name == "dt" else (3, 4, 84, 84))
+    assert all(shows(obs[:, j], j) for j in range(8)) if name == "dt" else shows(obs, 0)
     if name == "curl":
         view, game_id = rest
         assert shows(view, 0)
@@ -261,10 +265,24 @@ def test_forward_takes_the_right_rows(name, monkeypatch):
         future, target, game_id = rest
         later = [offset for i in range(3) for offset in (1, 2, 3) if shows(future[i], offset)]
         assert len(later) == 3 and torch.allclose(future, target)
+    elif name == "r3m":
+        near, far, game_id, done = rest
+        assert shows(near, 3) and shows(far, 6) and done.tolist() == [False, True, True]
     elif name == "bc":
         action, game_id = rest
         assert action.tolist() == [3, 3, 3]
-    elif name == "spr":
+    elif name == "dt":
+        action, return_to_go, game_id, done = rest
+        assert action.tolist() == [list(range(3, 11))] * 3
+        assert return_to_go.tolist() == [list(range(-3, -11, -1))] * 3
+        ended = [[False] * 8, [False] + [True] * 7, [False] * 2 + [True] * 6]  # the last step of an episode is kept
+        assert done.tolist() == ended
+        assert objective.neck.largest_return.tolist() == [-3] * 3 + [-math.inf] * 57
+    elif name == "cql":
+        future, action, n_step_return, done, game_id = rest
+        assert shows(future, 3) and action.tolist() == [3, 3, 3] and done.tolist() == [False, True, True]
+        assert n_step_return.tolist() == pytest.approx([1 + 0.99 + 0.99**2, 1, 1 + 0.99])
+    elif name in ("spr", "spr_idm"):
         future, action, game_id, done = rest
         assert all(shows(future[:, j], j + 1) for j in range(4)) and future.shape[1] == 4
         assert action.tolist() == [[3, 4, 5, 6]] * 3
@@ -283,18 +301,22 @@ def test_siammae_draws_its_offsets_uniformly():
 
 
 def test_augmented_views_are_drawn_independently_and_shared_within_a_sample():
-    """CURL's two views, ATC's and IDM's two stacks and SiamMAE's differ in their draw; SPR's stacks share one."""
-    for name, same in (("curl", False), ("atc", False), ("idm", False), ("siammae", False), ("spr", True)):
+    """CURL's views and the stacks of ATC, R3M, IDM, SiamMAE and CQL differ in their draw; SPR's and DT's share one."""
+    independent, shared = ("curl", "atc", "r3m", "idm", "siammae", "cql"), ("spr", "spr_idm", "dt")
+    for name in independent + shared:
         objective = modules[name].Objective(modules[name].Args(**TINY))
         batch = window_batch(objective.length, b=8)
         batch["frames"] = torch.full_like(batch["frames"], 100)  # all that differs is the intensity
         given = []
         objective.loss = lambda *inputs, given=given: given.append(inputs)
         objective(batch)
-        obs, other = given[0][0], given[0][1]
-        other = other[:, 0] if name == "spr" else other
-        equal = (obs - other).abs().amax((1, 2, 3)) < 1e-6
-        assert equal.all() if same else not equal.any(), name
+        stacks = list(given[0][0].unbind(1)) if name == "dt" else [x for x in given[0] if x.ndim == 4]  # [b, 4, 84, 84]
+        stacks += given[0][1].unbind(1) if name in ("spr", "spr_idm") else []
+        assert len(stacks) == {"r3m": 3, "siammae": 3, "spr": 5, "spr_idm": 5, "dt": 8}.get(name, 2)
+        stacks = stacks[:2] if name == "siammae" else stacks  # the third is the target, not augmented
+        for i, j in itertools.combinations(range(len(stacks)), 2):
+            equal = (stacks[i] - stacks[j]).abs().amax((1, 2, 3)) < 1e-6
+            assert equal.all() if name in shared else not equal.any(), name
 
 
 def test_majority_is_the_commonest_action_so_far():
@@ -320,3 +342,118 @@ def test_compiles_without_a_graph_break(name):
     loss, _ = torch.compile(objective, backend="eager", fullgraph=True)(window_batch(objective.length))
     loss.backward()
     assert all(parameter.grad is not None for parameter in objective.head.parameters())
+
+
+def random_stacks(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, 4, 84, 84)
+
+
+def test_cql_of_squared_errors_by_hand():
+    """Variant M: Q itself, bootstrapped from the momentum network's largest value, but for samples that are done."""
+    module = modules["cql"]
+    objective = module.CQL(module.Args(**TINY, loss="mse", discount=0.9, n_steps=2, conservative_weight=0.3))
+    for parameter in objective.target.parameters():
+        parameter.data.mul_(0.5)
+    obs, next_obs, game_id, action = random_stacks(3), random_stacks(3), torch.tensor([5, 0, 5]), [2, 17, 0]
+    returns, done = [1.5, -1.0, 0.25], [False, True, False]
+    q, next_q = (
+        network.head(network.neck(network.backbone(x), game_id), game_id).tolist()
+        for network, x in ((objective, obs), (objective.target, next_obs))
+    )
+    td = [(q[i][action[i]] - returns[i] - 0.9**2 * (not done[i]) * max(next_q[i])) ** 2 for i in range(3)]
+    gap = [math.log(sum(math.exp(x) for x in q[i])) - q[i][action[i]] for i in range(3)]
+    loss, metrics = objective.loss(obs, next_obs, *map(torch.tensor, (action, returns, done)), game_id)
+    assert loss.item() == pytest.approx(sum(td) / 3 + 0.3 * sum(gap) / 3, rel=1e-4)
+    assert metrics["td_loss"].item() == pytest.approx(sum(td) / 3, rel=1e-4)
+    assert objective.name == "cql_mse" and module.CQL(module.Args(**TINY)).name == "cql"
+    loss.backward()
+    assert all(parameter.grad is None for parameter in objective.target.parameters())
+
+
+def test_cql_discounts_rewards_up_to_an_episodes_end(monkeypatch):
+    """By hand: rewards 1, -1, 0, 1, 1 from the present on, n = 5, gamma = 1/2; the third sample ends with its -1."""
+    module = modules["cql"]
+    objective = module.CQL(module.Args(**TINY, n_steps=5, discount=0.5))
+    given = []
+    monkeypatch.setattr(objective, "loss", lambda *inputs: given.append(inputs))
+    batch = window_batch(objective.length)
+    batch["reward"] = torch.tensor([9, 9, 9, 1, -1, 0, 1, 1, 9], dtype=torch.int8).repeat(3, 1)
+    batch["terminal"][0, [2, 8]] = True  # neither of the last episode's end nor of what comes after the n steps
+    batch["terminal"][1, 7] = True
+    batch["terminal"][2, [4, 6]] = True
+    objective(batch)
+    _, _, _, n_step_return, done, _ = given[0]
+    assert n_step_return.tolist() == [1 - 1 / 2 + 1 / 8 + 1 / 16] * 2 + [1 - 1 / 2]
+    assert done.tolist() == [False, True, True]
+
+
+def test_cql_momentum_network_is_the_whole_network():
+    objective = modules["cql"].CQL(modules["cql"].Args(**TINY, total_steps=10))
+    assert objective.target.keys() == {"backbone", "neck", "head"}
+    before = [x.clone() for x in objective.target.parameters()]
+    for parameter in objective.head.parameters():
+        parameter.data.add_(1)
+    assert objective.update_target(9)["momentum"] == 0.99
+    after = list(objective.target.parameters())
+    changed = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+    assert changed == [False] * (len(before) - 2) + [True] * 2
+    torch.testing.assert_close(after[-1] - before[-1], torch.full_like(after[-1], 0.01))
+
+
+def test_dt_sees_no_action_before_it_was_taken():
+    """What step j is predicted from: returns and stacks up to j, actions before j, and nothing later."""
+    module = modules["dt"]
+    neck = module.Trajectory(64, 60, steps=8)
+    inputs = [torch.randn(1, 8, 512), torch.randint(18, (1, 8)), torch.randn(1, 8)]
+    x = neck(*inputs)
+    for step in range(8):
+        others = torch.randn(512), 17 - inputs[1][0, step], 5.0
+        for which, first in enumerate((step, step + 1, step)):  # features, action, return: the first x that changes
+            changed = [values.clone() for values in inputs]
+            changed[which][0, step] = others[which]
+            same = torch.isclose(neck(*changed), x, atol=1e-5).all(2)[0]
+            assert same[:first].all() and not same[first:].any()
+    torch.testing.assert_close(neck(*(values[:, :3] for values in inputs)), x[:, :3])  # as play begins: fewer steps
+
+
+@pytest.mark.parametrize("name", ["spr_idm", "dt"])
+def test_what_lies_beyond_an_episodes_end_is_left_out(name):
+    """Stacks, actions and returns from there on change neither loss nor metrics; those before do."""
+    torch.manual_seed(0)
+    module = modules[name]
+    objective = module.Objective(module.Args(**TINY))
+    steps = 4 if name == "spr_idm" else 8
+    stacks, action, game_id = random_stacks(3, 9), torch.randint(18, (3, steps)), torch.tensor([1, 1, 4])
+    returns, done = torch.randn(3, steps), torch.zeros(3, steps, dtype=torch.bool)
+    done[2, 2:] = True
+
+    def loss() -> list[float]:
+        with torch.no_grad():
+            if name == "dt":
+                loss, metrics = objective.loss(stacks[:, :8], action, returns, game_id, done)
+            else:
+                loss, metrics = objective.loss(stacks[:, 0], stacks[:, 1:5], action, game_id, done)
+            return [x.item() for x in (loss, *metrics.values())]
+
+    before = loss()
+    first = 2 if name == "dt" else 3  # a stack beyond the end: SPR's prediction j + 1 is left out with the target j + 1
+    stacks[2, first:], action[2, 2:], returns[2, 2:] = random_stacks(9 - first), 17 - action[2, 2:], 5
+    assert loss() == pytest.approx(before, rel=1e-5)
+    action[2, 1] = 17 - action[2, 1]
+    assert loss()[0] != pytest.approx(before[0], rel=1e-5)
+
+
+def test_dt_keeps_the_largest_return_of_each_game():
+    """Of training, not of evaluation; what play without fine-tuning aims at."""
+    module = modules["dt"]
+    objective = module.DT(module.Args(**TINY))
+    for returns in (-2.0, 5.0, 1.0):
+        batch = window_batch(objective.length)
+        batch["return_to_go"] = torch.full((3, 11), returns)
+        batch["return_to_go"][0, :3] = 99  # of rows that are no steps of the sample
+        objective(batch)
+    with torch.no_grad():
+        batch["return_to_go"] += 100
+        objective(batch)
+    assert objective.neck.largest_return[:4].tolist() == [5, 5, 5, -math.inf]
+    assert objective.neck.state_dict()["largest_return"].shape == (60,)

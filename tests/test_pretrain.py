@@ -19,8 +19,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONTRAST, ACTION, PIXELS = ["accuracy"], ["accuracy", "majority_accuracy"], ["masked_error"]
-METRICS = {"curl": CONTRAST, "atc": CONTRAST, "spr": CONTRAST, "bc": ACTION, "idm": ACTION, "mae": PIXELS}
-METRICS["siammae"] = PIXELS
+METRICS = {"curl": CONTRAST, "atc": CONTRAST, "r3m": CONTRAST, "spr": CONTRAST, "mae": PIXELS, "siammae": PIXELS}
+METRICS |= {"bc": ACTION, "idm": ACTION, "dt": ACTION, "spr_idm": ["spr_loss", "idm_loss", *ACTION]}
+METRICS["cql"] = ["td_loss", "conservative_loss", "accuracy"]
 
 
 def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -317,7 +318,19 @@ def test_bad_input_of_every_script(script, cache, tmp_path):
         ("mae", {"mask_ratio": math.nan}, "--mask-ratio"),
         ("siammae", {"mask_ratio": -0.1}, "--mask-ratio"),
         ("siammae", {"max_future_offset": 0}, "--max-future-offset at least 1"),
+        ("r3m", {"future_offsets": (6, 3)}, "--future-offsets must be at least 0 and rise"),
+        ("r3m", {"temperature": 0.0}, "--temperature must be above 0"),
         ("spr", {"prediction_steps": 0}, "--prediction-steps must be at least 1"),
+        ("spr_idm", {"prediction_steps": 0}, "--prediction-steps must be at least 1"),
+        ("spr_idm", {"spr_weight": math.nan}, "--spr-weight and --idm-weight at least 0"),
+        ("spr_idm", {"idm_weight": -1.0}, "--spr-weight and --idm-weight at least 0"),
+        ("dt", {"context_steps": 0}, "--context-steps must be at least 1"),
+        ("dt", {"return_scale": math.nan}, "--return-scale a finite number"),
+        ("cql", {"n_steps": 0}, "--n-steps must be at least 1"),
+        ("cql", {"atoms": 1}, "--atoms at least 2"),
+        ("cql", {"max_return": 0.0}, "--max-return above 0"),
+        ("cql", {"discount": 1.1}, "--discount must be from 0 to 1"),
+        ("cql", {"conservative_weight": -0.1}, "--conservative-weight at least 0"),
     ],
 )
 def test_bad_arguments_of_an_objective(objective, changes, message):

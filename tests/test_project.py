@@ -93,13 +93,20 @@ DEFAULTS = {
     "bc": CONVOLUTIONAL | {"learning_rate": 1e-4},
     "spr": CONVOLUTIONAL | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4},
     "idm": CONVOLUTIONAL | {"learning_rate": 3e-4},
+    "r3m": CONVOLUTIONAL | {"learning_rate": 3e-4, "temperature": 1.0, "future_offsets": (3, 6)},
+    "spr_idm": CONVOLUTIONAL | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4}
+    | {"spr_weight": 2.0, "idm_weight": 1.0},
+    "dt": CONVOLUTIONAL | {"learning_rate": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95), "batch_size": 64}
+    | {"total_steps": 1_875_000, "context_steps": 8, "return_scale": 0.01},
+    "cql": CONVOLUTIONAL | {"learning_rate": 1e-4, "adam_eps": 1.5e-4, "loss": "distributional", "atoms": 51}
+    | {"max_return": 10.0, "n_steps": 3, "discount": 0.99, "conservative_weight": 0.1},
 }
 
 
 @pytest.mark.parametrize("objective", DEFAULTS)
 def test_defaults_are_the_papers(objective):
     args = load(f"pretrain_{objective}.py").Args()
-    expected = DEFAULTS[objective] | {"total_steps": 1_953_125, "adam_eps": 1e-8, "rows_per_checkpoint": 10_000}
+    expected = {"total_steps": 1_953_125, "adam_eps": 1e-8, "rows_per_checkpoint": 10_000} | DEFAULTS[objective]
     expected |= {"runs": (1, 2), "checkpoints": tuple(range(1, 11)), "blocks": (3, 4, 6, 3), "width_multiplier": 1.0}
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -131,7 +138,9 @@ def changed_lines(script: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("objective", "most"), [("curl", 80), ("bc", 120), ("idm", 120), ("mae", 300), ("siammae", 300), ("spr", 300)]
+    ("objective", "most"),
+    [("curl", 80), ("bc", 120), ("idm", 120), ("r3m", 120)]
+    + [(objective, 300) for objective in ("mae", "siammae", "spr", "spr_idm", "dt", "cql")],
 )
 def test_a_diff_is_the_difference_between_two_papers(objective, most):
     assert 0 < changed_lines(f"pretrain_{objective}.py") <= most
