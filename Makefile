@@ -1,4 +1,5 @@
 # make quickstart   the whole way on a machine without data and GPU, in a few minutes
+# make table        every method of the paper's table, each with a few steps of training, in minutes: all figures
 # make test         lints and runs every test
 # make sync         copies the shared sections of SCRIPT (default pretrain_atc.py) over those of the other scripts
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ RUN := $(abspath $(VENV))/bin/python
 SCRIPT ?= pretrain_atc.py
 OBJECTIVE ?= atc
 
-.PHONY: quickstart test lint sync clean
+.PHONY: quickstart table test lint sync clean
 
 # The environment is made again when the requirements change, else left as it is.
 $(VENV)/installed: requirements.txt
@@ -45,8 +46,32 @@ quickstart: $(VENV)/installed
 	@echo "for each method, game and seed), reports/iqm.md, iqm.json and iqm.png (table and figure)."
 	@echo "The scores are a smoke test: a small network, a minute of training, 4 short episodes."
 
+# One game, one seed, a minute or less for each method. That every method has its scores, --methods sees to.
+FEW := --games ms_pacman breakout --play-rows 1000 --batch-size 16 $(SMALL)
+METHODS := curl mae atc siammae r3m bc spr idm spr_idm dt cql_mse cql
+SCORE := --eval-episodes 2 --max-episode-steps 200
+
+table: $(VENV)/installed
+	mkdir -p table
+	cd table && for method in $(METHODS); do \
+	  loss=$$(test $$method != cql_mse || echo --loss mse); \
+	  $(RUN) ../pretrain_$${method%_mse}.py --run-name $$method $$loss --total-steps 20 $(FEW) --resume; \
+	done
+	cd table && for from in "" --no-freeze-backbone $(METHODS:%=--checkpoint=runs/%/checkpoint.pt); do \
+	  $(RUN) ../finetune_bc.py --game ms_pacman $$from --epochs 1 --batch-size 64 $(SCORE) $(SMALL); \
+	  $(RUN) ../finetune_rainbow.py --game ms_pacman $$from --total-steps 120 --learning-starts 100 $(SCORE) $(SMALL); \
+	done
+	cd table && for method in bc dt cql_mse cql; do \
+	  $(RUN) ../eval_zeroshot.py --checkpoint runs/$$method/checkpoint.pt --games ms_pacman $(SCORE); \
+	done
+	cd table && for suite in bc rainbow; do \
+	  $(RUN) ../eval_iqm.py --suites $$suite --methods random e2e $(METHODS) --output-dir reports/$$suite; \
+	done
+	cd table && $(RUN) ../eval_iqm.py
+	cd table && $(RUN) ../eval_probe.py --models $(METHODS:%=runs/%/checkpoint.pt) --epochs 10 $(FEW)
+
 test: $(VENV)/installed-dev lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
@@ -56,4 +81,4 @@ sync:
 	$(PYTHON) tests/sync.py $(SCRIPT)
 
 clean:
-	rm -rf quickstart
+	rm -rf quickstart table

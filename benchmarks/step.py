@@ -46,7 +46,7 @@ def label_networks(objective: torch.nn.Module) -> None:
 
     parts = [objective.backbone, objective.neck, objective.head, *getattr(objective, "target", {}).values()]
     for part in parts:
-        for name in ("forward", "tokens"):
+        for name in ("forward", "tokens", "features", "roll_out", "actions"):  # whichever it has
             if hasattr(part, name):
                 setattr(part, name, labelled(getattr(part, name)))
 

@@ -1,5 +1,6 @@
 """What the tests share: running a script as a user does, importing one, and a small replay played once."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -27,7 +28,7 @@ def load(script: str):
 
 def environment(**changes: str) -> dict[str, str]:
     keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # freed memory is used again: faster
-    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"} | keep_memory | changes
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | keep_memory | changes
 
 
 def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -58,17 +59,22 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """`alone(script)` runs a copy of the script in a folder of its own, once: that folder, and what was printed."""
-    runs = {}
+    """`alone(script)` runs a copy of the script in a folder of its own, once: that folder, and what was printed.
 
-    def run_alone(script: str) -> tuple[Path, subprocess.CompletedProcess]:
-        if script not in runs:
-            folder = tmp_path_factory.mktemp("alone")
-            shutil.copy(ROOT / script, folder)
-            command = [sys.executable, script, *map(str, QUICK), "--total-steps", "3", "--seed", "7"]
-            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            runs[script] = folder, done
-        return runs[script]
+    Once for all of pytest's workers, whose temporary folders have the same parent.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def run_alone(script: str) -> tuple[Path, str]:
+        folder = shared / "alone" / script.removesuffix(".py")
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".log"), "a+") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            if not (folder / script).exists():
+                shutil.copy(ROOT / script, folder)
+                command = [sys.executable, script, *map(str, QUICK), "--total-steps", "3", "--seed", "7"]
+                subprocess.run(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT, check=True)
+            return folder, folder.with_suffix(".log").read_text()
 
     return run_alone

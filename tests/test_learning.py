@@ -92,15 +92,15 @@ def random_play(tmp_path_factory):
     [
         ("atc", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),  # the default is for 2M steps
         ("curl", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),
-        ("r3m", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),
+        ("r3m", {"total_steps": 150, "batch_size": 32, "learning_rate": 1e-3}),
         ("spr", {"total_steps": 100, "batch_size": 16, "learning_rate": 3e-4}),
     ],
 )
 def test_contrast_finds_the_own_key_of_unseen_frames(method, changes, tmp_path, random_play):
     """Among the keys of 64 samples, above 5 times chance; the game alone would tell 4 times.
 
-    The own key is ATC's stack 3 steps later, CURL's other view, SPR's stack 1 to 4 steps ahead, R3M's 3 steps later, to be
-    told from the one 6 steps later, too.
+    The own key is ATC's stack 3 steps later, CURL's other view, SPR's stack 1 to 4 steps ahead, R3M's stack 3 steps
+    later, to be told from the one 6 steps later, too.
     """
     learned = Learned(method, tmp_path, random_play, **changes)
     keys = 64 * (4 if method == "spr" else 1)

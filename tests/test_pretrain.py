@@ -68,9 +68,9 @@ def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
 @pytest.mark.parametrize("script", PRETRAINING)
 def test_alone_in_an_empty_folder(script, alone):
     """A copy of the script, and nothing else, plays its data, trains, evaluates, logs and saves."""
-    folder, done = alone(script)
-    assert "No --data-dir: a smoke test on 100 rows of random play a game" in done.stdout
-    assert "images/s" in done.stderr  # on the progress bar
+    folder, output = alone(script)
+    assert "No --data-dir: a smoke test on 100 rows of random play a game" in output
+    assert "images/s" in output  # on the progress bar
     assert sorted(path.name for path in folder.iterdir()) == ["cache", script, "runs"]
     run_dir = folder / "runs" / f"{script.removesuffix('.py')}__7"
     assert json.loads((run_dir / "args.json").read_text())["seed"] == 7
@@ -153,7 +153,8 @@ def test_two_processes_equal_one(script, tmp_path):
     same = [name for name in one if name.startswith(("losses/", "eval/"))]
     assert len(same) >= 3
     for name in same:  # torch's norm of millions of float32 on a CPU depends on the number of threads: 1e-3
-        tolerance = 1e-3 if name == "losses/grad_norm" else 1e-4
+        # Adam's first step is one of full length for every parameter, however near to 0 its gradient: evaluation shows.
+        tolerance = 1e-4 if name.startswith("losses/") and name != "losses/grad_norm" else 1e-3
         assert two[name][1] == pytest.approx(one[name][1], rel=tolerance, abs=1e-6), name
     one, two = checkpoint(tmp_path / "runs" / "one"), checkpoint(tmp_path / "runs" / "two")
     names = [f"{part}.{name}" for part in ("backbone", "neck", "head") for name in one[part]]
