@@ -233,10 +233,10 @@ class GameLinear(nn.Module):
 
 
 # === transformer [shared] =============================================================================================
-def sin_cos(positions: int, channels: int) -> torch.Tensor:
-    """Fixed codes of positions 0, 1, ...: [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [positions, c]"""
+def sin_cos(position: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fixed codes of integers [n], [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [n, c]"""
     half = channels // 2
-    angles = torch.arange(positions)[:, None] * 10000 ** -(torch.arange(half) / half)  # [positions, c/2]
+    angles = position[:, None] * 10000 ** -(torch.arange(half) / half)  # [n, c/2]
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
@@ -282,7 +282,7 @@ class Trajectory(nn.Module):
         self.rtg_embed = nn.Linear(1, 512)  # V, v
         self.blocks = nn.Sequential(*(Block(causal=True) for _ in range(4)))
         self.out_norm = nn.LayerNorm(512)
-        self.register_buffer("position", sin_cos(3 * steps, 512), persistent=False)  # P
+        self.register_buffer("position", sin_cos(torch.arange(3 * steps), 512), persistent=False)  # P
         self.register_buffer("largest_return", torch.full((games,), -math.inf))  # seen in training; what play aims at
 
     def features(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:

@@ -393,6 +393,74 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
+# === transformer [shared] =============================================================================================
+def sin_cos(position: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fixed codes of integers [n], [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [n, c]"""
+    half = channels // 2
+    angles = position[:, None] * 10000 ** -(torch.arange(half) / half)  # [n, c/2]
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias)
+    nn.init.xavier_uniform_(linear.weight)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    """Softmax attention in 4 heads, if causal to no later token: [b, n, 512], [b, m, 512] twice -> [b, n, 512]"""
+    heads = [x.unflatten(2, (4, -1)).transpose(1, 2) for x in (query, key, value)]  # [b, 4, n or m, 128] each
+    return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: self-attention, then an MLP, each added to its input: [b, n, 512] -> the same"""
+
+    def __init__(self, causal: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(512), nn.LayerNorm(512)
+        self.attn_qkv, self.attn_out = xavier_linear(512, 3 * 512, bias=False), xavier_linear(512, 512)
+        self.mlp_in, self.mlp_out = xavier_linear(512, 2048), xavier_linear(2048, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn_out(attention(*self.attn_qkv(self.attn_norm(x)).chunk(3, 2), self.causal))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+# === decision transformer [shared] ====================================================================================
+class Trajectory(nn.Module):
+    """Steps of play as tokens, a return-to-go, a stack and an action each, and a causal transformer over them."""
+
+    def __init__(self, channels: int, games: int, steps: int):
+        super().__init__()
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
+        self.action_embed = nn.Parameter(torch.randn(18, 512))  # E, of all games
+        self.rtg_embed = nn.Linear(1, 512)  # V, v
+        self.blocks = nn.Sequential(*(Block(causal=True) for _ in range(4)))
+        self.out_norm = nn.LayerNorm(512)
+        self.register_buffer("position", sin_cos(torch.arange(3 * steps), 512), persistent=False)  # P
+        self.register_buffer("largest_return", torch.full((games,), -math.inf))  # seen in training; what play aims at
+
+    def features(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
+        """g: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
+        embed = F.embedding(game_id, self.spatial_embed).view(maps.shape)  # [b, c, 6, 6]
+        return self.mlp(self.spatial_norm((maps * embed).mean((2, 3))))
+
+    def forward(self, features: torch.Tensor, action: torch.Tensor, return_to_go: torch.Tensor) -> torch.Tensor:
+        """Of t <= `steps` steps, features [b, t, 512], action, return_to_go (scaled) [b, t] -> x at s_j [b, t, 512]
+
+        x at s_j is a function of the steps before and of step j's return and stack.
+        """
+        returns, actions = self.rtg_embed(return_to_go[..., None]), F.embedding(action, self.action_embed)  # r, e
+        tokens = torch.stack([returns, features, actions], 2).flatten(1, 2)  # [b, 3t, 512]
+        return self.out_norm(self.blocks(tokens + self.position[: tokens.shape[1]]))[:, 1::3]
+
+
 # === game linear [shared] =============================================================================================
 def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
@@ -470,74 +538,6 @@ class ActionLoss(nn.Module):
             self.counts += seen
         loss = mean_over(F.cross_entropy(logits.float(), action, reduction="none"), keep)
         return loss, {"accuracy": mean_over(correct, keep), "majority_accuracy": mean_over(commonest, keep)}
-
-
-# === transformer [shared] =============================================================================================
-def sin_cos(positions: int, channels: int) -> torch.Tensor:
-    """Fixed codes of positions 0, 1, ...: [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [positions, c]"""
-    half = channels // 2
-    angles = torch.arange(positions)[:, None] * 10000 ** -(torch.arange(half) / half)  # [positions, c/2]
-    return torch.cat([angles.sin(), angles.cos()], 1)
-
-
-def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias)
-    nn.init.xavier_uniform_(linear.weight)
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
-
-
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    """Softmax attention in 4 heads, if causal to no later token: [b, n, 512], [b, m, 512] twice -> [b, n, 512]"""
-    heads = [x.unflatten(2, (4, -1)).transpose(1, 2) for x in (query, key, value)]  # [b, 4, n or m, 128] each
-    return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2).flatten(2)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: self-attention, then an MLP, each added to its input: [b, n, 512] -> the same"""
-
-    def __init__(self, causal: bool = False):
-        super().__init__()
-        self.causal = causal
-        self.attn_norm, self.mlp_norm = nn.LayerNorm(512), nn.LayerNorm(512)
-        self.attn_qkv, self.attn_out = xavier_linear(512, 3 * 512, bias=False), xavier_linear(512, 512)
-        self.mlp_in, self.mlp_out = xavier_linear(512, 2048), xavier_linear(2048, 512)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn_out(attention(*self.attn_qkv(self.attn_norm(x)).chunk(3, 2), self.causal))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
-
-
-# === decision transformer [shared] ====================================================================================
-class Trajectory(nn.Module):
-    """Steps of play as tokens, a return-to-go, a stack and an action each, and a causal transformer over them."""
-
-    def __init__(self, channels: int, games: int, steps: int):
-        super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
-        self.spatial_norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
-        self.action_embed = nn.Parameter(torch.randn(18, 512))  # E, of all games
-        self.rtg_embed = nn.Linear(1, 512)  # V, v
-        self.blocks = nn.Sequential(*(Block(causal=True) for _ in range(4)))
-        self.out_norm = nn.LayerNorm(512)
-        self.register_buffer("position", sin_cos(3 * steps, 512), persistent=False)  # P
-        self.register_buffer("largest_return", torch.full((games,), -math.inf))  # seen in training; what play aims at
-
-    def features(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        """g: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
-        embed = F.embedding(game_id, self.spatial_embed).view(maps.shape)  # [b, c, 6, 6]
-        return self.mlp(self.spatial_norm((maps * embed).mean((2, 3))))
-
-    def forward(self, features: torch.Tensor, action: torch.Tensor, return_to_go: torch.Tensor) -> torch.Tensor:
-        """Of t <= `steps` steps, features [b, t, 512], action, return_to_go (scaled) [b, t] -> x at s_j [b, t, 512]
-
-        x at s_j is a function of the steps before and of step j's return and stack.
-        """
-        returns, actions = self.rtg_embed(return_to_go[..., None]), F.embedding(action, self.action_embed)  # r, e
-        tokens = torch.stack([returns, features, actions], 2).flatten(1, 2)  # [b, 3t, 512]
-        return self.out_norm(self.blocks(tokens + self.position[: tokens.shape[1]]))[:, 1::3]
 
 
 # === objective: DT ====================================================================================================

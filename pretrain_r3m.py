@@ -509,7 +509,7 @@ class R3M(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and metrics of a batch of `Windows`."""
         stacks = stack_frames(batch["frames"], batch["starts"])  # [b, 1+k', 4, 84, 84]
-        obs, near, far = (augment(stacks[:, [i]]).squeeze(1) for i in (0, *self.args.future_offsets))  # [b, 4, 84, 84]
+        obs, near, far = (augment(stacks[:, i : i + 1]).squeeze(1) for i in (0, *self.args.future_offsets))  # o
         done = batch["terminal"][:, HISTORY:-1].any(1)  # [b], whether the episode ends before the further future
         return self.loss(obs, near, far, batch["game_id"], done)
 

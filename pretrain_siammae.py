@@ -393,39 +393,11 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === device [shared] ==================================================================================================
-def find_device(name: str) -> torch.device:
-    """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
-    with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
-        device = torch.device(name)
-        if device.type == "cuda":
-            device = torch.device("cuda", LOCAL_RANK if WORLD_SIZE > 1 else device.index or 0)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    return device
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
-
-
-# === learning-rate schedule [shared] ==================================================================================
-def lr_multiplier(step: int, total_steps: int) -> float:
-    """Of the learning rate: linearly from 0.1 to 1 in the first 10% of all steps, then a cosine down to 0.1."""
-    warm_up = 0.1 * total_steps
-    if step < warm_up:
-        return 0.1 + 0.9 * step / warm_up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
-
-
 # === transformer [shared] =============================================================================================
-def sin_cos(positions: int, channels: int) -> torch.Tensor:
-    """Fixed codes of positions 0, 1, ...: [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [positions, c]"""
+def sin_cos(position: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fixed codes of integers [n], [sin, cos] at c/2 frequencies 1 / 10000^(i / (c/2)) -> [n, c]"""
     half = channels // 2
-    angles = torch.arange(positions)[:, None] * 10000 ** -(torch.arange(half) / half)  # [positions, c/2]
+    angles = position[:, None] * 10000 ** -(torch.arange(half) / half)  # [n, c/2]
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
@@ -459,10 +431,8 @@ class Block(nn.Module):
 
 
 # === masked autoencoder [shared] ======================================================================================
-def cell_position() -> torch.Tensor:
-    """Fixed codes of the 6 x 6 cells, row by row: 256 channels for the column, 256 for the row -> [36, 512]"""
-    codes = sin_cos(6, 256)
-    return torch.cat([codes.repeat(6, 1), codes.repeat_interleave(6, 0)], 1)
+CELLS = torch.arange(36)  # of the 6 x 6, row by row
+POSITION = torch.cat([sin_cos(CELLS % 6, 256), sin_cos(CELLS // 6, 256)], 1)  # [36, 512], codes of column and row
 
 
 class Encoder(nn.Module):
@@ -474,7 +444,7 @@ class Encoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 512))
         self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(4))), nn.LayerNorm(512)
-        self.register_buffer("position", cell_position(), persistent=False)
+        self.register_buffer("position", POSITION.clone(), persistent=False)
 
     def tokens(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         """maps [b, c, 6, 6], game_id [b] -> [b, 36, 512]"""
@@ -495,7 +465,7 @@ class Decoder(nn.Module):
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(512)
         self.recon_weight = nn.Parameter(torch.randn(games, 512, 784) * (2 / math.sqrt(512 + 784)))
         self.recon_bias = nn.Parameter(torch.zeros(games, 784))
-        self.register_buffer("position", F.pad(cell_position(), (0, 0, 1, 0)), persistent=False)  # cls: 0
+        self.register_buffer("position", F.pad(POSITION, (0, 0, 1, 0)), persistent=False)  # cls: 0
 
     def tokens(self, encoded: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """The decoder's tokens from those encoded, [b, 1 + n, 512], with `rank` [b, 36] as of `mask` -> [b, 37, 512]"""
@@ -558,6 +528,34 @@ def pixel_loss(pixels: torch.Tensor, target: torch.Tensor, masked: torch.Tensor)
 def picture(*columns: torch.Tensor) -> torch.Tensor:
     """The last frames of stacks [b, 4, 84, 84] in [0, 1], a column each -> [1, b * 84, columns * 84]"""
     return torch.cat([stacks[:, -1].flatten(0, 1) for stacks in columns], 1).clamp(0, 1)[None]
+
+
+# === device [shared] ==================================================================================================
+def find_device(name: str) -> torch.device:
+    """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
+    with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if WORLD_SIZE > 1 else device.index or 0)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
+
+
+# === learning-rate schedule [shared] ==================================================================================
+def lr_multiplier(step: int, total_steps: int) -> float:
+    """Of the learning rate: linearly from 0.1 to 1 in the first 10% of all steps, then a cosine down to 0.1."""
+    warm_up = 0.1 * total_steps
+    if step < warm_up:
+        return 0.1 + 0.9 * step / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
 # === objective: SiamMAE ===============================================================================================

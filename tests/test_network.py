@@ -239,10 +239,11 @@ def test_forward_takes_the_right_rows(name, monkeypatch):
     monkeypatch.setattr(module, "augment", lambda stacks: stacks / 255)
     given = []
     monkeypatch.setattr(objective, "loss", lambda *inputs: given.append(inputs))
-    batch = window_batch(objective.length)
-    batch["terminal"][1, 3] = True  # the first sample's now ends its episode
+    batch = window_batch(objective.length, b=4)
+    batch["terminal"][0, -1] = True  # the last stack ends its episode
+    batch["terminal"][1, 3] = True  # the stack of now does
     if objective.length > 5:
-        batch["terminal"][2, 4] = True
+        batch["terminal"][2, 4], batch["terminal"][3, -2] = True, True  # the next one, the last but one
     objective(batch)
     now = torch.tensor([0, 10, 20, 30]) / 255
 
@@ -250,47 +251,47 @@ def test_forward_takes_the_right_rows(name, monkeypatch):
         return torch.allclose(stacks, (now + 10 * later / 255).view(4, 1, 1))
 
     (obs, *rest), last = given[0], objective.length - 4
-    assert obs.shape == ((3, 8, 4, 84, 84) if name == "dt" else (3, 4, 84, 84))
+    assert obs.shape == ((4, 8, 4, 84, 84) if name == "dt" else (4, 4, 84, 84))
     assert all(shows(obs[:, j], j) for j in range(8)) if name == "dt" else shows(obs, 0)
     if name == "curl":
         view, game_id = rest
         assert shows(view, 0)
     elif name == "atc":
         key, game_id, done = rest
-        assert shows(key, last) and last == 3 and done.tolist() == [False, True, True]
+        assert shows(key, last) and last == 3 and done.tolist() == [False, True, True, True]
     elif name == "mae":
         target, game_id = rest
         assert shows(target, 0)
     elif name == "siammae":
         future, target, game_id = rest
-        later = [offset for i in range(3) for offset in (1, 2, 3) if shows(future[i], offset)]
-        assert len(later) == 3 and torch.allclose(future, target)
+        later = [offset for i in range(4) for offset in (1, 2, 3) if shows(future[i], offset)]
+        assert len(later) == 4 and torch.allclose(future, target)
     elif name == "r3m":
         near, far, game_id, done = rest
-        assert shows(near, 3) and shows(far, 6) and done.tolist() == [False, True, True]
+        assert shows(near, 3) and shows(far, 6) and done.tolist() == [False, True, True, True]
     elif name == "bc":
         action, game_id = rest
-        assert action.tolist() == [3, 3, 3]
+        assert action.tolist() == [3] * 4
     elif name == "dt":
         action, return_to_go, game_id, done = rest
-        assert action.tolist() == [list(range(3, 11))] * 3
-        assert return_to_go.tolist() == [list(range(-3, -11, -1))] * 3
-        ended = [[False] * 8, [False] + [True] * 7, [False] * 2 + [True] * 6]  # the last step of an episode is kept
-        assert done.tolist() == ended
-        assert objective.neck.largest_return.tolist() == [-3] * 3 + [-math.inf] * 57
+        assert action.tolist() == [list(range(3, 11))] * 4
+        assert return_to_go.tolist() == [list(range(-3, -11, -1))] * 4
+        kept = [8, 1, 2, 7]  # the last step of an episode is
+        assert done.tolist() == [[False] * steps + [True] * (8 - steps) for steps in kept]
+        assert objective.neck.largest_return.tolist() == [-3] * 4 + [-math.inf] * 56
     elif name == "cql":
         future, action, n_step_return, done, game_id = rest
-        assert shows(future, 3) and action.tolist() == [3, 3, 3] and done.tolist() == [False, True, True]
-        assert n_step_return.tolist() == pytest.approx([1 + 0.99 + 0.99**2, 1, 1 + 0.99])
+        assert shows(future, 3) and action.tolist() == [3] * 4 and done.tolist() == [False, True, True, True]
+        assert n_step_return.tolist() == pytest.approx([1 + 0.99 + 0.99**2, 1, 1 + 0.99, 1 + 0.99 + 0.99**2])
     elif name in ("spr", "spr_idm"):
         future, action, game_id, done = rest
         assert all(shows(future[:, j], j + 1) for j in range(4)) and future.shape[1] == 4
-        assert action.tolist() == [[3, 4, 5, 6]] * 3
-        assert done.tolist() == [[False] * 4, [True] * 4, [False, True, True, True]]
+        assert action.tolist() == [[3, 4, 5, 6]] * 4
+        assert done.tolist() == [[False] * 4, [True] * 4, [False] + [True] * 3, [False] * 3 + [True]]
     else:
         future, action, game_id, done = rest
-        assert shows(future, 1) and action.tolist() == [3, 3, 3] and done.tolist() == [False, True, False]
-    assert game_id.tolist() == [0, 1, 2]
+        assert shows(future, 1) and action.tolist() == [3] * 4 and done.tolist() == [False, True, False, False]
+    assert game_id.tolist() == [0, 1, 2, 3]
 
 
 def test_siammae_draws_its_offsets_uniformly():

@@ -92,18 +92,19 @@ def test_dt_plays_from_its_last_8_steps(checkpoint):
     """Against windows put together here: stacks, actions taken, and the return that is left, of episodes that end."""
     policy = make_policy(checkpoint("dt"))
     assert policy.steps == 8
-    policy.neck.largest_return[:] = 5.0
+    policy.neck.largest_return[:], policy.return_scale = 5.0, 2.0  # larger than usual, so that it tells
     policy.start("freeway", 3)
     rng, ends = np.random.default_rng(0), (12, 5, 10)  # steps of the three episodes
     stacks = rng.integers(0, 256, (12, 3, 4, 84, 84), dtype=np.uint8)
     taken, rewards = rng.integers(0, 3, (12, 3)), rng.choice([-300.0, -1, 0, 1, 2], (12, 3))
-    policy.head.weight.data[:, :, 3:] += 100  # actions that Freeway does not have
-    asked = 0
+    head, given, asked = policy.head, [], 0
+    head.bias.data[:, 3:] += 1000  # actions that Freeway does not have
+    policy.head = lambda x, game_id: given.append(x) or head(x, game_id)
     for step in range(12):
         which = np.array([i for i in range(3) if step < ends[i]])
         last = (taken[step - 1][which], rewards[step - 1][which]) if step else (0 * which, 0.0 * which)
         found = policy.act(stacks[step][which], which, *last)
-        for i, action in zip(which, found, strict=True):
+        for i, action, x_found in zip(which, found, given[-1], strict=True):
             steps = range(max(0, step - 7), step + 1)
             game_id = torch.full((len(steps),), policy.row)
             returns = [5 - sum(np.sign(rewards[:j, i])) for j in steps]
@@ -111,8 +112,9 @@ def test_dt_plays_from_its_last_8_steps(checkpoint):
                 maps = policy.backbone(torch.from_numpy(stacks[steps, i]) / 255)
                 actions = torch.from_numpy(np.append(taken[steps[:-1], i], 0))  # the last is not known
                 features = policy.neck.features(maps, game_id)
-                x = policy.neck(features[None], actions[None], 0.01 * torch.tensor(returns)[None].float())[0, -1:]
-                logits = policy.head(x, game_id[:1])[0, :3]
+                x = policy.neck(features[None], actions[None], 2 * torch.tensor(returns)[None].float())[0, -1:]
+                logits = head(x, game_id[:1])[0, :3]
+            torch.testing.assert_close(x_found[None], x, rtol=1e-3, atol=1e-3)
             assert action == logits.argmax()
             asked += 1
     assert asked == sum(ends)
