@@ -3,7 +3,7 @@
 # dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
 #   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
 # ///
-"""Scores of Atari-PB (arXiv 2406.06037): IQM, median, mean, optimality gap, with 95% bootstrap confidence intervals.
+"""Scores of Atari-PB (arXiv 2406.06037): IQM, performance profiles and more, with 95% bootstrap confidence intervals.
 
 A raw score s of a game becomes x = (s - low) / (high - low), where low and high are the lesser and the greater of a
 random agent's score and the reference's, a DQN's. The n scores x of a split's games and seeds give (2108.13264):
@@ -11,23 +11,30 @@ random agent's score and the reference's, a DQN's. The n scores x of a split's g
     IQM             the interquartile mean: of what is left of the n without the int(n/4) least and greatest
     median, mean    over the games, of each game's mean over its seeds
     optimality gap  1 - mean of min(x, 1); less is better
+    profile         for each tau of 0, 0.02, ..., 2: the share of the n that are greater than tau
+    P(X > Y)        probability of improvement of X over Y: the mean over the games of P(x > y) + P(x = y) / 2, with x
+                    and y any of X's and Y's scores of the game; by how much one is better does not count
 
 An interval goes from the 2.5th to the 97.5th percentile of its statistic over 50,000 resamples of the scores. They are
-stratified: for each game, as many of the game's own scores as there are get drawn, with replacement.
+stratified: for each game, as many of the game's own scores as there are get drawn, with replacement; of X and of Y
+independently. For a profile these percentiles are known without drawing: those of infinitely many resamples.
 
     python eval_iqm.py                                        # the scores in results/, as the fine-tunings write them
     python eval_iqm.py --suites bc --methods random curl atc  # some of them
+    python eval_iqm.py --improvement-over e2e                 # instead of over random
     python eval_iqm.py --csv scores.csv                       # anybody's, with columns suite, method, game, seed, score
 
-Prints a table for each suite (bc, rainbow, zeroshot, ...) and split; writes reports/iqm.md, iqm.json and iqm.png.
+Prints a table for each suite (bc, rainbow, zeroshot, ...) and split, in it the paper's methods in its groups, by what
+they learn from, and after them all others. Writes reports/iqm.md, iqm.json, iqm.png, profiles.png and improvement.png.
 """
 
 import csv
+import itertools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +43,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 
 # === arguments ========================================================================================================
@@ -45,10 +53,11 @@ class Args:
     csv: Path | None = None  # a file of raw scores to read instead, with columns suite, method, game, seed, score
     suites: tuple[str, ...] = ()  # suites to show, in this order; none given: all
     methods: tuple[str, ...] = ()  # methods to show, in this order; none given: all
+    improvement_over: str = ""  # the shown method to compare the others with; none given: random, if it is shown
     allow_missing: bool = False  # show, marked *, methods that lack games or seeds which others of their suite have
     resamples: int = 50_000  # of the bootstrap, for each method and split
     seed: int = 0  # of the bootstrap
-    output_dir: Path = Path("reports")  # where iqm.md, iqm.json and iqm.png go
+    output_dir: Path = Path("reports")  # where iqm.md, iqm.json and the figures go
 
 
 # === games [shared] ===================================================================================================
@@ -61,6 +70,7 @@ ID_GAMES = tuple(  # the 50 games of pre-training
 )
 NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
 FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
+TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 
 
 def parse_game(name: str) -> str:
@@ -189,7 +199,7 @@ def load(args: Args) -> dict[str, dict[str, Scores]]:
     if not suites:
         raise SystemExit(f"No results found in {args.csv or args.results / '<suite>/<method>/<game>/seed<k>.json'}.")
     suites = {suite: suites[suite] for suite in choose("--suites", args.suites, suites, [])}
-    order = choose("--methods", args.methods, set().union(*suites.values()), METHODS)
+    order = choose("--methods", args.methods, set().union(*suites.values()), list(GROUP_OF))
     suites = {suite: {method: of[method] for method in order if method in of} for suite, of in suites.items()}
     return {suite: methods for suite, methods in suites.items() if methods}
 
@@ -199,6 +209,20 @@ def choose(option: str, wanted: tuple[str, ...], found: Iterable[str], first: li
     if unknown := [name for name in wanted if name not in found]:
         raise SystemExit(f"{option}: there are no scores of {', '.join(unknown)}, only of {', '.join(sorted(found))}.")
     return list(dict.fromkeys(wanted)) or [name for name in first if name in found] + sorted(set(found) - set(first))
+
+
+def reference(args: Args, suites: dict[str, dict[str, Scores]]) -> str:
+    """The method that the others are compared with; none, if it has a game in common with none of them."""
+    over = args.improvement_over or "random"
+    if args.improvement_over:
+        choose("--improvement-over", (over,), set().union(*suites.values()), [])
+    for methods in suites.values():
+        games = {game for game, _ in methods.get(over, ())}
+        if any(game in games for method, scores in methods.items() if method != over for game, _ in scores):
+            return over
+    if args.improvement_over:
+        raise SystemExit(f"--improvement-over: {over} has no game in common with another method of its suite.")
+    return ""
 
 
 def lacks(methods: dict[str, Scores]) -> dict[str, str]:
@@ -219,6 +243,7 @@ def lacks(methods: dict[str, Scores]) -> dict[str, str]:
 # === statistics =======================================================================================================
 STATISTICS = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap"}
 ENDS = ("value", "low", "high")  # an estimate, and its interval's ends
+TAU = np.arange(101) / 50  # of the profiles
 
 
 def has_range(game: str) -> bool:
@@ -243,38 +268,96 @@ def aggregate(scores: np.ndarray, counts: np.ndarray, in_mean: np.ndarray) -> np
     return np.stack([iqm, median, mean, 1 - np.minimum(scores, 1).mean(axis=1)])
 
 
-def estimate(scores: Scores, resamples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Value, low and high end of the statistics, a function of these scores and the seed alone; None: undefined."""
-    x = np.array([scores[cell] for cell in sorted(scores)])  # [n], game by game
-    games, counts = np.unique([game for game, _ in scores], return_counts=True)
-    in_mean = np.array([has_range(game) for game in games])
+def bootstrap(statistics: Callable, counts: np.ndarray, resamples: int, seed: int) -> list[dict[str, float | None]]:
+    """Value, low and high end (None: undefined) of each of `statistics`, of sum(counts) = n scores, a game's together.
+
+    It maps which scores are drawn, int [r, n], to [statistics, r]; counts [games] says how many are of each game.
+    """
     first = np.repeat(np.cumsum(counts) - counts, counts)  # [n], where the scores of every score's game begin
     size = np.repeat(counts, counts).astype(np.float32)  # [n], how many they are
-    rng, samples = np.random.default_rng(seed), np.empty((4, resamples))
-    chunk = 1 + 2**15 // len(x)  # resamples at a time: 256 KB, which stay in the processor's cache
+    value = statistics(np.arange(len(first))[None])[:, 0]  # each of the scores once
+    rng, samples = np.random.default_rng(seed), np.empty((len(value), resamples))
+    chunk = 1 + 2**15 // len(first)  # resamples at a time: 256 KB, which stay in the processor's cache
     for i in range(0, resamples, chunk):
         part = samples[:, i : i + chunk]
-        drawn = first + (rng.random((part.shape[1], len(x)), np.float32) * size).astype(int)  # [chunk, n], into x
-        part[:] = aggregate(x.take(drawn), counts, in_mean)
-    value = aggregate(x[None], counts, in_mean)[:, 0]
+        part[:] = statistics(first + (rng.random((part.shape[1], len(first)), np.float32) * size).astype(int))
     low, high = np.percentile(samples, [2.5, 97.5], axis=1)
     rows = [[None if math.isnan(end) else end for end in row] for row in np.stack([value, low, high], axis=1).tolist()]
-    return {name: dict(zip(ENDS, row, strict=True)) for name, row in zip(STATISTICS, rows, strict=True)}
+    return [dict(zip(ENDS, row, strict=True)) for row in rows]
+
+
+def by_game(scores: Scores) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """The scores [n], game by game, the games, and how many scores each has, [games]."""
+    games, counts = np.unique([game for game, _ in scores], return_counts=True)
+    return np.array([scores[cell] for cell in sorted(scores)]), games.tolist(), counts
+
+
+def estimate(scores: Scores, resamples: int, seed: int) -> dict[str, dict[str, float | None]]:
+    """Estimates of STATISTICS, a function of these scores and the seed alone."""
+    x, games, counts = by_game(scores)
+    in_mean = np.array([has_range(game) for game in games])
+    rows = bootstrap(lambda drawn: aggregate(x.take(drawn), counts, in_mean), counts, resamples, seed)
+    return dict(zip(STATISTICS, rows, strict=True))
+
+
+def profile(scores: Scores) -> dict[str, list[float]]:
+    """The share of the scores above each of TAU, and its interval's ends, each [taus].
+
+    A score drawn for a game is above tau with the chance q that any of the game's scores is. With F(k) the chance that
+    at most k of those drawn so far are above, one more makes it (1 - q) F(k) + q F(k - 1).
+    """
+    x, _, counts = by_game(scores)
+    above = x[:, None] > TAU  # [n, taus]
+    chances = np.add.reduceat(above, np.cumsum(counts) - counts, axis=0, dtype=float) / counts[:, None]  # [games, taus]
+    at_most = np.ones((len(x) + 1, len(TAU)))  # F(k)
+    for chance in np.repeat(chances, counts, axis=0):
+        at_most -= chance * np.diff(at_most, axis=0, prepend=0)
+    low, high = ((at_most < end).sum(axis=0) / len(x) for end in (0.025, 0.975))
+    return dict(zip(ENDS, (above.mean(axis=0).tolist(), low.tolist(), high.tolist()), strict=True))
+
+
+def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, float | None]:
+    """Estimate of the probability of improvement of X over Y, on the games that both have."""
+    common = {game for game, _ in x} & {game for game, _ in y}
+    (xs, games, n), (ys, _, m) = (by_game({cell: of[cell] for cell in of if cell[0] in common}) for of in (x, y))
+    of_x, of_y = np.repeat(games, n), np.repeat(games, m)  # the games of the scores
+    beats = (xs[:, None] > ys) + (xs[:, None] == ys) / 2  # [len(xs), len(ys)], of which only pairs of a game count
+    beats = (beats * (of_x[:, None] == of_y)).astype(np.float32)
+    weights = np.repeat(1 / (n * m * len(games)), m)  # [len(ys)], to the mean of a game's pairs, and of the games
+
+    def probability(drawn: np.ndarray) -> np.ndarray:  # [r, len(xs) + len(ys)] -> [1, r]
+        cells = drawn + np.arange(len(drawn))[:, None] * drawn.shape[1]
+        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float32)
+        times_x, times_y = np.split(times, [len(xs)], axis=1)  # how often each score got drawn
+        return (times_x @ beats * times_y @ weights)[None]  # a pair of scores counts as often as it meets
+
+    return bootstrap(probability, np.concatenate([n, m]), resamples, seed)[0]
 
 
 # === report ===========================================================================================================
 SPLITS = {"ID": ID_GAMES, "near-OOD": NEAR_OOD_GAMES, "far-OOD": FAR_OOD_GAMES}
 SPLITS["all"] = ID_GAMES + NEAR_OOD_GAMES + FAR_OOD_GAMES
-METHODS = "random e2e curl mae atc siammae r3m bc spr idm spr_idm dt cql".split()  # in the order to show them
+GROUPS = {  # the paper's methods, in the order to show them, by what they learn from
+    "baseline": "random e2e".split(),
+    "image": "curl mae".split(),
+    "video": "atc siammae r3m".split(),
+    "demonstration": "bc spr idm spr_idm".split(),
+    "trajectory": "dt cql_mse cql".split(),
+}
+GROUP_OF = {method: group for group, methods in GROUPS.items() for method in methods}
+SHADES = {"baseline": "Greys", "image": "Blues", "video": "Greens", "demonstration": "Oranges", "trajectory": "Purples"}
+SHADES["other"] = "RdPu"  # of methods that are not the paper's
 
 
-def about(split: str, methods: dict[str, Scores]) -> dict:
+def about(split: str, methods: dict[str, Scores], over: str) -> dict:
     """What the estimates on a split rest on."""
     marked, cells = lacks(methods), sorted(set().union(*methods.values()))
     counts = Counter(game for game, _ in cells)  # seeds of each game
     least, most = min(counts.values()), max(counts.values())
     seeds = "1 seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"
     notes = [f"{method}* lacks {what}." for method, what in marked.items()]
+    if marked and over in methods:
+        notes.append(f"P(> {over}) is over the games that a method has in common with {over}.")
     notes += [f"The mean leaves out {g}: its random score is its reference score." for g in counts if not has_range(g)]
     if least == 1:
         single = list(counts.values()).count(1)
@@ -288,58 +371,115 @@ def about(split: str, methods: dict[str, Scores]) -> dict:
     }
 
 
-def as_markdown(heading: str, estimates: dict, facts: dict) -> str:
+def as_markdown(heading: str, estimates: dict, facts: dict, over: str) -> str:
     """A table with aligned columns, its coverage above, its notes below."""
-    lines = [["method", *STATISTICS.values()]]
+    columns = STATISTICS | ({"improvement": f"P(> {over})"} if over else {})
+    lines = [["method", "learns from", *columns.values()]]
     for method, row in estimates.items():
-        ends = [estimate.values() for estimate in row.values()]
+        ends = [row.get(name, {"value": None}).values() for name in columns]
         numbers = ["-" if None in e else "{:.3f} [{:.3f}, {:.3f}]".format(*e) for e in ends]
-        lines.append([method.replace("|", r"\|") + "*" * (method in facts["marked"]), *numbers])
+        lines.append([method + "*" * (method in facts["marked"]), GROUP_OF.get(method, "other"), *numbers])
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [[*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])] for line in lines]
+    lines.insert(1, [*("-" * width for width in widths[:2]), *("-" * (width - 1) + ":" for width in widths[2:])])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n\n".join([f"## {heading}: {facts['coverage']}", rows, *facts["notes"]]) + "\n"
 
 
-def draw(results: dict, facts: dict) -> Figure:
-    """The IQMs: a row of panels for each suite, a panel for each split, a bar for each method, a line its interval."""
-    orders = [list(splits["all"]) for splits in results.values()]  # of each suite, its methods
-    everyone = [*METHODS, *sorted(set().union(*orders) - set(METHODS))]
-    colours = {method: matplotlib.colormaps["tab20"](i * 2 % 20 + i // 10 % 2) for i, method in enumerate(everyone)}
+# === figures ==========================================================================================================
+def colours(results: dict) -> dict[str, tuple]:
+    """A colour for each method, a shade of its group's; the paper's methods always have the same."""
+    groups = GROUPS | {"other": sorted({m for of in results.values() for m in of["all"]} - GROUP_OF.keys())}
+    shades = {group: np.linspace(0.4, 0.9, max(len(methods), 2)) for group, methods in groups.items()}
+    return {
+        method: matplotlib.colormaps[SHADES[group]](shade)
+        for group, methods in groups.items()
+        for method, shade in zip(methods, shades[group], strict=False)
+    }
+
+
+def panels(results: dict, facts: dict, heights: list[float], caption: str) -> tuple[Figure, list[tuple]]:
+    """A figure with a row for each suite, so high in inches, and a panel for each split: all (suite, split, panel)."""
     columns = [split for split in SPLITS if any(split in splits for splits in results.values())]
-    heights = [1.0 + 0.25 * len(order) for order in orders]  # in inches
-    width = 0.5 + 2.5 * len(columns) + 0.08 * max(len(method) for order in orders for method in order)
-    figure = Figure((max(width, 5.5), 0.3 + sum(heights)), layout="constrained")
-    caption = "IQM of DQN-normalised scores, lines: 95% stratified bootstrap intervals"
+    longest = max(len(method) for splits in results.values() for method in splits["all"])
+    width = 0.5 + 2.5 * len(columns) + 0.08 * longest
+    figure, found = Figure((max(width, 6.5), 0.6 + sum(heights)), layout="constrained"), []
     if any(splits["all"]["marked"] for splits in facts.values()):
         caption += "; *: some games or seeds are missing"
-    figure.supxlabel(caption, fontsize=9)
-    rows = figure.subfigures(len(orders), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for suite, order, row in zip(results, orders, rows, strict=True):
+    figure.supxlabel(caption, fontsize=9, parse_math=False)
+    rows = figure.subfigures(len(results), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for suite, row in zip(results, rows, strict=True):
         row.suptitle(suite, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
         for split, panel in zip(columns, row.subplots(1, len(columns), squeeze=False)[0], strict=True):
             panel.spines[["top", "right", "left"]].set_visible(False)
-            if split not in results[suite]:
-                panel.set_axis_off()
-                continue
-            for method, estimates in results[suite][split].items():
-                y, (value, low, high) = order.index(method), estimates["iqm"].values()
-                panel.barh(y, value, color=colours[method])
-                panel.plot([low, high], [y, y], color="black", linewidth=1.2)
-                mark = "*" * (method in facts[suite][split]["marked"])
-                panel.text(max(value, high, 0), y, f" {value:.2f}{mark}", va="center", fontsize=7)
-            panel.axvline(0, color="black", linewidth=0.8)
-            panel.margins(x=0.2)
-            panel.locator_params("x", nbins=6)
-            panel.set_ylim(len(order) - 0.5, -0.5)
-            labels = order if split == next(iter(results[suite])) else []
-            panel.set_yticks(range(len(labels)), labels, parse_math=False)
             panel.tick_params(labelsize=8, left=False)
-            panel.set_title(f"{split}\n{facts[suite][split]['coverage']}", fontsize=8, loc="left")
+            if split in results[suite]:
+                panel.set_title(f"{split}\n{facts[suite][split]['coverage']}", fontsize=8, loc="left")
+                found.append((suite, split, panel))
+            else:
+                panel.set_axis_off()
+    return figure, found
+
+
+def draw_rows(results: dict, facts: dict, name: str, line: float, caption: str) -> Figure:
+    """A row for each method, with the estimate of that name and its interval, by groups; a line at what is neutral."""
+    orders = {suite: [m for m, row in of["all"].items() if name in row] for suite, of in results.items()}
+    orders = {suite: order for suite, order in orders.items() if order}
+    results = {suite: results[suite] for suite in orders}
+    figure, found = panels(results, facts, [1.0 + 0.25 * len(order) for order in orders.values()], caption)
+    colour_of, labelled = colours(results), set()
+    for suite, split, panel in found:
+        order, row_of = orders[suite], results[suite][split]
+        groups = [GROUP_OF.get(method, "other") for method in order]
+        for y, method in enumerate(order):
+            if y and groups[y] != groups[y - 1]:
+                panel.axhline(y - 0.5, color="lightgray", linewidth=0.6)
+            if name not in row_of.get(method, ()):
+                continue
+            value, low, high = row_of[method][name].values()
+            panel.barh(y, value - line, left=line, color=colour_of[method])
+            panel.plot([low, high], [y, y], color="black", linewidth=1.2)
+            mark = "*" * (method in facts[suite][split]["marked"])
+            panel.text(max(value, high, line), y, f" {value:.2f}{mark}", va="center", fontsize=7)
+        panel.axvline(line, color="black", linewidth=0.8)
+        panel.margins(x=0.2)
+        panel.locator_params("x", nbins=6)
+        panel.set_ylim(len(order) - 0.5, -0.5)
+        labels = [] if suite in labelled else order
+        labelled.add(suite)
+        panel.set_yticks(range(len(labels)), labels, parse_math=False)
+    shown = {GROUP_OF.get(method, "other") for order in orders.values() for method in order}
+    middle = {group: matplotlib.colormaps[shades](0.65) for group, shades in SHADES.items() if group in shown}
+    handles = [Patch(color=colour, label=group) for group, colour in middle.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
 
+def draw_profiles(results: dict, facts: dict) -> Figure:
+    """Performance profiles: a line for each method, a band its interval."""
+    caption = "x: DQN-normalised score; y: share of runs above it; bands: 95% stratified bootstrap intervals"
+    figure, found = panels(results, facts, [2.6] * len(results), caption)
+    colour_of, lines = colours(results), {}
+    styles = itertools.cycle(("-", "--", ":", "-."))  # beside the colours: the shades of a group are alike
+    style_of = dict(zip(colour_of, styles, strict=False))
+    for suite, split, panel in found:
+        for method, row in results[suite][split].items():
+            value, low, high = row["profile"].values()
+            colour, style = colour_of[method], style_of[method]
+            (lines[method],) = panel.plot(TAU, value, style, color=colour, linewidth=1.2)
+            panel.fill_between(TAU, low, high, color=colour, alpha=0.12, linewidth=0)
+        panel.set_xlim(TAU[0], TAU[-1])
+        panel.set_ylim(0, 1.02)
+    order = [method for method in colour_of if method in lines]
+    handles = [lines[method] for method in order]
+    legend = figure.legend(handles, order, loc="outside right upper", fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+# === main =============================================================================================================
 def report(args: Args) -> None:
     if args.resamples < 1 or args.seed < 0:
         raise SystemExit(f"--resamples {args.resamples} must be at least 1, --seed {args.seed} at least 0.")
@@ -349,24 +489,41 @@ def report(args: Args) -> None:
         advice = "Others of the suite have these. Evaluate them, choose other --methods, or accept it: --allow-missing"
         raise SystemExit("\n".join([*lacking, advice]))
 
+    over = reference(args, suites)
     results, facts, text = {suite: {} for suite in suites}, {suite: {} for suite in suites}, ""
     for suite, methods in suites.items():
         for split, games in SPLITS.items():
             scores = {method: {cell: of[cell] for cell in of if cell[0] in games} for method, of in methods.items()}
-            if any(scores.values()):
-                estimates = {method: estimate(of, args.resamples, args.seed) for method, of in scores.items() if of}
-                results[suite][split], facts[suite][split] = estimates, about(split, scores)
-                text += as_markdown(f"{suite}, {split}", estimates, facts[suite][split]) + "\n"
+            if not any(scores.values()):
+                continue
+            estimates = {}
+            for method, of in scores.items():
+                if of:
+                    estimates[method] = estimate(of, args.resamples, args.seed) | {"profile": profile(of)}
+                if method != over and {game for game, _ in of} & {game for game, _ in scores.get(over, ())}:
+                    estimates[method]["improvement"] = improvement(of, scores[over], args.resamples, args.seed)
+            results[suite][split], facts[suite][split] = estimates, about(split, scores, over)
+            compared = over if any("improvement" in row for row in estimates.values()) else ""
+            text += as_markdown(f"{suite}, {split}", estimates, facts[suite][split], compared) + "\n"
 
+    interval = "lines: 95% stratified bootstrap intervals"
+    figures = {"iqm": draw_rows(results, facts, "iqm", 0, f"IQM of DQN-normalised scores, {interval}")}
+    figures["profiles"] = draw_profiles(results, facts)
+    if over:
+        caption = f"probability of improvement over {over}, {interval}"
+        figures["improvement"] = draw_rows(results, facts, "improvement", 0.5, caption)
     title = "# DQN-normalised scores with 95% stratified bootstrap intervals"
-    content = {"results": results, "metadata": {"resamples": args.resamples, "seed": args.seed, "splits": facts}}
+    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in figures)
+    metadata = {"resamples": args.resamples, "seed": args.seed, "improvement_over": over, "tau": TAU.tolist()}
+    content = {"results": results, "metadata": metadata | {"groups": GROUPS, "splits": facts}}
     with atomic_write(args.output_dir / "iqm.md") as file:
-        file.write(f"{title}\n\n![IQM](iqm.png)\n\n{text}".encode())
+        file.write(f"{title}\n\n{pictures}\n\n{text}".encode())
     with atomic_write(args.output_dir / "iqm.json") as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode())
-    with atomic_write(args.output_dir / "iqm.png") as file:
-        draw(results, facts).savefig(file, format="png", dpi=150)
-    print(f"{text}Written to {args.output_dir}: iqm.md, iqm.json, iqm.png")
+    for name, figure in figures.items():
+        with atomic_write(args.output_dir / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=150)
+    print(f"{text}Written to {args.output_dir}: iqm.md, iqm.json, {', '.join(f'{name}.png' for name in figures)}")
 
 
 if __name__ == "__main__":

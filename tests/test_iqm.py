@@ -426,20 +426,24 @@ def test_files(tmp_path):
     (tmp_path / "elsewhere" / "iqm.md").write_text("old")
     done = run(tmp_path, "--csv", "x.csv", "--resamples", "50", "--output-dir", "elsewhere")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["iqm.json", "iqm.md", "iqm.png"]
+    names = ["iqm.json", "iqm.md", "iqm.png", "profiles.png"]  # there is no random to improve over
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == names
     markdown = (tmp_path / "elsewhere" / "iqm.md").read_text()
     table, _, _ = markdown[markdown.index("## bc, near-OOD: 10 of 10 games, 3 seeds") :].partition("\n\n## ")
     assert table in done.stdout
     header, rule, curl, other = table.splitlines()[2:6]
     assert {len(line) for line in (header, rule, curl, other)} == {len(header)}
     assert header.split("|")[1:-1] == [cell.center(len(cell)) for cell in header.split("|")[1:-1]]
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["method", "IQM", "median", "mean", "optimality gap"]
+    columns = ["method", "learns from", "IQM", "median", "mean", "optimality gap"]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == columns
+    assert "| image " in curl and "| other " in other
     assert curl.startswith("| curl ")
     assert "| 0.250 [0." in curl
     assert other.startswith(r"| a\|b ")
-    with Image.open(tmp_path / "elsewhere" / "iqm.png") as image:
-        assert min(image.size) > 200
-        assert len(image.convert("RGB").getcolors(2**24)) > 10
+    for name in names[2:]:
+        with Image.open(tmp_path / "elsewhere" / name) as image:
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(2**24)) > 10
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -455,13 +459,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("count", [1, 15])
+@pytest.mark.parametrize("count", [1, 16])
 def test_figure(tmp_path, count):
-    methods = [*iqm.METHODS, "a_method_with_a_rather_long_name", r"$\no_formula$"][-count:]
+    methods = [*iqm.GROUP_OF, "a_method_with_a_rather_long_name", r"$\no_formula$"][-count:]
     row = {m: {"iqm": {"value": 0.3 - 0.1 * i, "low": 0.31 - 0.1 * i, "high": 0.5}} for i, m in enumerate(methods)}
     results = {"bc": {"ID": row, "all": row}, "rainbow": {"far-OOD": row, "all": dict(list(row.items())[::-1])}}
     facts = {s: {t: {"coverage": f"{s} {t}", "marked": [methods[0]]} for t in of} for s, of in results.items()}
-    figure = iqm.draw(results, facts)
+    figure = iqm.draw_rows(results, facts, "iqm", 0, "caption")
     figure.savefig(tmp_path / "figure.png")  # the values lie outside of their intervals: that may happen
     panels = [panel for panel in figure.get_axes() if panel.axison]
     titles = ["ID\nbc ID", "all\nbc all", "far-OOD\nrainbow far-OOD", "all\nrainbow all"]
@@ -469,12 +473,169 @@ def test_figure(tmp_path, count):
     assert [label.get_text() for label in panels[0].get_yticklabels()] == methods
     assert [bar.get_width() for bar in panels[0].patches] == [row[method]["iqm"]["value"] for method in methods]
     places = [[bar.get_y() + bar.get_height() / 2 for bar in panel.patches] for panel in panels]
-    assert places[0] == places[1] == places[2][::-1] == places[3] == pytest.approx(range(count))
+    assert places == [pytest.approx(range(count))] * 4
     colours = [[bar.get_facecolor() for bar in panel.patches] for panel in panels]
-    assert colours[0] == colours[1] == colours[2] == colours[3][::-1]
+    assert colours[0] == colours[1] == colours[2][::-1] == colours[3][::-1]
     assert len(set(colours[0])) == count
     assert panels[0].texts[0].get_text().strip() == "0.30*"
     for label in panels[0].get_yticklabels():
         box = label.get_window_extent()
         assert box.x0 >= 0
         assert box.x1 <= panels[0].get_window_extent().x0
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ([*iqm.GROUPS, "other"] if count > 1 else ["other"])
+
+
+def test_a_paper_s_method_always_has_its_colour():
+    """Whatever else is shown, so that figures of other runs can be held side by side."""
+    some = iqm.colours({"bc": {"all": {"atc": {}, "dt": {}}}})
+    more = iqm.colours({"bc": {"all": {"atc": {}, "mine": {}, "zeta": {}}}, "zeroshot": {"all": {"yours": {}}}})
+    assert {method: more[method] for method in iqm.GROUP_OF} == some
+    assert len(set(more.values())) == len(iqm.GROUP_OF) + 3
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_figure_of_profiles(tmp_path, count):
+    """A line and a band for each method in each panel, all in the legend, which lies beside the panels."""
+    methods = [*iqm.GROUP_OF, r"$\no_formula$", "a_method_with_a_rather_long_name"][-count:]
+    value = np.linspace(1, 0, 101)
+    profiles = [{"value": value / (i + 1), "low": value / (i + 2), "high": value} for i in range(count)]
+    row = {method: {"profile": profile} for method, profile in zip(methods, profiles, strict=True)}
+    results = {"bc": {"ID": row, "all": row}, "zeroshot": {"all": dict(list(row.items())[:1])}}
+    facts = {s: {t: {"coverage": f"{s} {t}", "marked": []} for t in of} for s, of in results.items()}
+    figure = iqm.draw_profiles(results, facts)
+    figure.savefig(tmp_path / "figure.png")
+    panels = [panel for panel in figure.get_axes() if panel.axison]
+    assert [len(panel.lines) for panel in panels] == [len(panel.collections) for panel in panels] == [count, count, 1]
+    for i, line in enumerate(panels[0].lines):
+        np.testing.assert_array_equal(line.get_xydata(), np.stack([iqm.TAU, value / (i + 1)], axis=1))
+    looks = [(line.get_color(), line.get_linestyle()) for line in panels[0].lines]
+    assert len(set(looks)) == count
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == methods
+    assert [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()] == looks
+    box = legend.get_window_extent()
+    assert box.x0 >= max(panel.get_window_extent().x1 for panel in panels) and box.x1 <= figure.bbox.x1
+
+
+# === profiles and improvement =========================================================================================
+def tied(seeds: int, games: int, seed: int) -> tuple[np.ndarray, dict]:
+    """Scores [seeds, games] in steps of 0.1, so that some are equal to each other and to a tau."""
+    scores = np.random.default_rng(seed).integers(-2, 15, (seeds, games)) / 10
+    return scores, {(GAMES[j], i): scores[i, j] for i in range(seeds) for j in range(games)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 5), (5, 26), (3, 64)])
+def test_profiles_equal_rliable(shape):
+    """The share of runs above tau, strictly, at every tau; the bands to within what 2,000 resamples tell."""
+    scores, cells = tied(*shape, seed=3)
+    found = iqm.profile(cells)
+    np.random.seed(0)  # noqa: NPY002, rliable draws from this
+    expected, bands = library.create_performance_profile({"it": scores}, iqm.TAU, reps=2_000)
+    np.testing.assert_allclose(found["value"], expected["it"], rtol=1e-12)
+    for end, band in zip(("low", "high"), bands["it"], strict=True):
+        apart = np.abs(np.array(found[end]) - band) * scores.size  # in runs
+        assert apart.max() <= 1 + 1e-9 and apart.mean() < 0.5
+    assert (np.diff(found["value"]) <= 0).all()
+
+
+def test_bands_of_profiles_of_games_with_different_numbers_of_seeds():
+    """Against all 1 * 4 * 27 equally probable resamples."""
+    seeds = {"pong": [0.3], "qbert": [0.12, 1.25], "zaxxon": [-0.17, 0.42, 0.93]}
+    found = iqm.profile({(g, i): x for g, of in seeds.items() for i, x in enumerate(of)})
+    resamples = list(itertools.product(*(itertools.product(of, repeat=len(of)) for of in seeds.values())))
+    for i, tau in enumerate(iqm.TAU):
+        shares = sorted(sum(score > tau for score in itertools.chain(*x)) / 6 for x in resamples)
+        assert found["low"][i] == pytest.approx(shares[2]), tau  # 2/108 < 2.5% < 3/108
+        assert found["high"][i] == pytest.approx(shares[-3]), tau
+    assert found["value"][15] == pytest.approx(3 / 6)  # at 0.3 that score itself is not above
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 5), (5, 26), (3, 64)])
+def test_probability_of_improvement_equals_rliable(shape):
+    (x, cells_x), (y, cells_y) = tied(*shape, seed=1), tied(*shape, seed=2)
+    found = iqm.improvement(cells_x, cells_y, 20_000, seed=0)
+    assert found["value"] == pytest.approx(metrics.probability_of_improvement(x, y), rel=1e-6)
+    reverse = iqm.improvement(cells_y, cells_x, 10, seed=0)
+    assert reverse["value"] == pytest.approx(1 - found["value"], rel=1e-6)
+    if shape in ((1, 1), (3, 64)):  # one has no interval, of the other it takes rliable minutes
+        return
+    np.random.seed(0)  # noqa: NPY002
+    together = lambda x, y: np.array([metrics.probability_of_improvement(x, y)])  # noqa: E731
+    _, intervals = library.get_interval_estimates({"x,y": (x, y)}, together, reps=1_000)
+    low, high = intervals["x,y"][:, 0]
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=0.12 * (high - low) + 1e-6)
+
+
+def test_improvement_of_games_with_different_numbers_of_seeds():
+    """By hand, and against all equally probable resamples; a game that only one of the two has does not count."""
+    x = {"pong": [0.3, 0.7], "qbert": [0.1], "klax": [5.0]}
+    y = {"pong": [0.3, 0.5, 0.9], "qbert": [0.1, 0.0], "alien": [9.0]}
+    cells = [{(g, i): score for g, of in scores.items() for i, score in enumerate(of)} for scores in (x, y)]
+    found = iqm.improvement(*cells, 50_000, seed=0)
+    beats = lambda a, b: np.mean([(p > q) + (p == q) / 2 for p in a for q in b])  # noqa: E731
+    assert found["value"] == pytest.approx(((0.5 + 0 + 0 + 1 + 1 + 0) / 6 + (0.5 + 1) / 2) / 2)
+    draws = [list(itertools.product(of, repeat=len(of))) for of in (x["pong"], y["pong"], y["qbert"])]
+    exact = [(beats(a, b) + beats([0.1], c)) / 2 for a, b, c in itertools.product(*draws)]  # 4 * 27 * 4
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(exact, [2.5, 97.5], method="inverted_cdf"))
+
+
+def test_memory_of_improvement_is_bounded():
+    cells = [matrix(3, 64)[1] for _ in range(2)]
+    tracemalloc.start()
+    iqm.improvement(*cells, 20_000, seed=0)  # 31 MB of draws, had they all to be there at once
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+
+
+COMPARED = [("bc", m, g, i, raw(g, x + i / 9)) for m, x in (("random", 0), ("atc", 0.1), ("curl", 1)) for g in GAMES[:4]
+            for i in range(3)]  # fmt: skip
+
+
+def test_improvement_over_random_or_another(tmp_path):
+    write_csv(tmp_path / "x.csv", [*COMPARED, *(("zeroshot", "bc", "pong", i, i) for i in range(3))])
+    content = report(tmp_path, "--csv", "x.csv")
+    row = content["results"]["bc"]["all"]
+    found = [row[m].get("improvement", {}).get("value") for m in ("random", "curl", "atc")]
+    assert found == [None, 1, pytest.approx(2 / 3)]
+    assert content["metadata"]["improvement_over"] == "random"
+    assert (tmp_path / "reports" / "improvement.png").exists()
+    text = (tmp_path / "reports" / "iqm.md").read_text()
+    assert text.count("P(> random)") == 3  # in bc's tables of ID, near-OOD and all, not in zeroshot's
+    assert "![improvement](improvement.png)" in text
+    row = report(tmp_path, "--csv", "x.csv", "--improvement-over", "curl")["results"]["bc"]["all"]
+    assert [row[m].get("improvement", {}).get("value") for m in ("random", "curl", "atc")] == [0, None, 0]
+    row = report(tmp_path, "--csv", "x.csv", "--methods", "curl", "atc")["results"]["bc"]["all"]
+    assert not any("improvement" in of for of in row.values())  # random is not shown
+
+
+def test_improvement_over_nobody_is_an_error(tmp_path):
+    write_csv(tmp_path / "x.csv", [*COMPARED, ("bc", "lone", "klax", 0, 1)])
+    csv = {"csv": tmp_path / "x.csv", "allow_missing": True, "resamples": 10}
+    assert "--improvement-over" in (message := refuses(tmp_path, **csv, improvement_over="spr")) and "spr" in message
+    assert "lone has no game in common" in refuses(tmp_path, **csv, improvement_over="lone")
+
+
+def test_improvement_is_noted_to_be_on_common_games(tmp_path):
+    rows = [row for row in COMPARED if row[:3] != ("bc", "atc", GAMES[0])]
+    write_csv(tmp_path / "x.csv", rows)
+    content = report(tmp_path, "--csv", "x.csv", "--allow-missing")
+    facts = content["metadata"]["splits"]["bc"]["all"]
+    assert "P(> random) is over the games that a method has in common with random." in facts["notes"]
+    assert content["results"]["bc"]["all"]["atc"]["improvement"]["value"] == pytest.approx(2 / 3)
+
+
+def test_methods_are_grouped_by_what_they_learn_from(tmp_path):
+    """The paper's 14 rows in its order, group by group; what is not the paper's comes last."""
+    paper = "random e2e curl mae atc siammae r3m bc spr idm spr_idm dt cql_mse cql".split()
+    write_csv(tmp_path / "x.csv", [("bc", m, "pong", i, i) for m in ["zeta", *paper[::-1]] for i in range(2)])
+    content = report(tmp_path, "--csv", "x.csv")
+    assert list(content["results"]["bc"]["all"]) == [*paper, "zeta"]
+    assert list(itertools.chain(*content["metadata"]["groups"].values())) == paper
+    table = (tmp_path / "reports" / "iqm.md").read_text().partition("## bc, all")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| ")][2:]
+    groups = dict(rows)
+    assert [groups[m] for m in ("e2e", "mae", "r3m", "spr_idm", "dt", "cql", "zeta")] == [
+        *("baseline", "image", "video", "demonstration", "trajectory", "trajectory", "other"),
+    ]
