@@ -478,14 +478,13 @@ class Network(nn.Module):
 class Samples:
     """Held-out stacks of 4 frames, the same ones in the same order for every model, and what is to be told of them.
 
-    A window of one stack is held out here only if it is, or shares no row with training, in every pre-training on the
-    same data: those whose windows are longer hold out at least as many rows.
+    No pre-training on the same data is trained on any row of them: those with longer windows hold out more rows.
     """
 
     def __init__(self, args: Args, games: tuple[str, ...]):
         shards = prepare(args, games, args.rows_per_checkpoint)
-        self.windows = Windows(shards, HISTORY + 1, 128, args.seed, "held_out")
-        self.batches = range(min(max(1, args.samples // self.windows.batch_size), self.windows.batches))
+        self.windows = Windows(shards, HISTORY + 1, min(128, args.samples), args.seed, "held_out")
+        self.batches = range(min(args.samples // self.windows.batch_size, self.windows.batches))
         batches = [self.windows[i] for i in self.batches]
         columns = [np.concatenate([batch[name] for batch in batches]) for name in ("game_id", "action", "reward")]
         self.game = torch.from_numpy(np.unique(columns[0], return_inverse=True)[1])  # [n], 0, 1, ...
@@ -497,7 +496,8 @@ class Samples:
         self.test = torch.from_numpy(ends[shard] - window <= np.diff(ends, prepend=0)[shard] // 10)  # bool [n]
         games = torch.arange(int(self.game.max()) + 1)
         if not all((self.game[part][:, None] == games).any(0).all() for part in (self.test, ~self.test)):
-            raise SystemExit(f"{len(self.game)} held-out samples are too few to train and test on: use more rows.")
+            few = f"{len(self.game)} held-out samples are too few to train and test on, in each game"
+            raise SystemExit(f"{few}: use more rows (1,000 of a shard give 10) or raise --samples.")
 
 
 @torch.no_grad()
