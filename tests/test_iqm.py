@@ -509,6 +509,9 @@ def test_figure_of_profiles(tmp_path, count):
     assert [len(panel.lines) for panel in panels] == [len(panel.collections) for panel in panels] == [count, count, 1]
     for i, line in enumerate(panels[0].lines):
         np.testing.assert_array_equal(line.get_xydata(), np.stack([iqm.TAU, value / (i + 1)], axis=1))
+    for i, band in enumerate(panels[0].collections):
+        y = band.get_paths()[0].vertices[:, 1]
+        assert (y.min(), y.max()) == (0, 1) and np.isclose(y, 1 / (i + 2)).any()
     looks = [(line.get_color(), line.get_linestyle()) for line in panels[0].lines]
     assert len(set(looks)) == count
     (legend,) = figure.legends

@@ -87,8 +87,20 @@ def test_features_are_those_of_the_checkpoint(features, checkpoint, args):
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_and_their_split(args):
+def test_samples_and_their_split(args, monkeypatch, tmp_path):
     """Each of a shard's held-out windows at most once; of these the last tenth, in time, to test."""
+    prepare = probe.prepare
+
+    def prepare_with_more_rewards(*given):
+        shards = []
+        for game_id, path in prepare(*given):
+            shard = np.load(path)
+            shard["fields"]["reward"] = np.arange(len(shard)) % 3 - 1
+            np.save(tmp_path / f"{game_id}.npy", shard)
+            shards.append((game_id, tmp_path / f"{game_id}.npy"))
+        return shards
+
+    monkeypatch.setattr(probe, "prepare", prepare_with_more_rewards)
     samples = probe.Samples(args, GAMES)
     data = samples.windows
     assert len(samples.game) == len(samples.test) == data.size // data.batch_size * data.batch_size
@@ -181,6 +193,15 @@ def test_probes_tell_what_features_hold_and_nothing_else():
     noise = probe.measure(torch.randn(800, 32), samples, args)
     assert noise["action"]["low"] < constant["action"] + 0.05 < 0.35
     assert noise["reward"]["low"] < constant["reward"] == pytest.approx(1 / 3)
+
+
+def test_rare_rewards_weigh_as_much_as_none():
+    """A feature that tells the sign but roughly: one would guess 0 nearly always if each sample weighed the same."""
+    samples, args = Told(4000), probe.Args(epochs=30, learning_rate=1e-2, batch_size=200, resamples=2, rank_resamples=2)
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    found = probe.measure(samples.sign[:, None] + noise, samples, args)["reward"]["value"]
+    best = (0.69 + 0.38 + 0.69) / 3  # the share of a normal distribution above -1/2 of its deviations, and amid +-1/2
+    assert found == pytest.approx(best, abs=0.08)
 
 
 def test_baselines_are_of_the_training_samples():
