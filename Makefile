@@ -68,7 +68,7 @@ table: $(VENV)/installed
 	  $(RUN) ../eval_iqm.py --suites $$suite --methods random e2e $(METHODS) --output-dir reports/$$suite; \
 	done
 	cd table && $(RUN) ../eval_iqm.py
-	cd table && $(RUN) ../eval_probe.py --models $(METHODS:%=runs/%/checkpoint.pt) --epochs 10 $(FEW)
+	cd table && $(RUN) ../eval_probe.py --models $(METHODS:%=runs/%/checkpoint.pt) --epochs 10 --rank-resamples 10 $(FEW)
 
 test: $(VENV)/installed-dev lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

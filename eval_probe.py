@@ -465,13 +465,16 @@ class Network(nn.Module):
         self.neck = Neck(self.backbone.channels, len(TABLE_GAMES)) if args.features == "neck" else None  # g
         self.name = load_backbone(self.backbone, path) if path else "random"
         if path and self.neck:
-            with clear_errors(path, "Its neck is another one: --features backbone"):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                self.neck.load_state_dict(content["neck"])
+            with clear_errors(path, "--features backbone needs no neck."):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["neck"]
+                shapes, expected = ({name: x.shape for name, x in of.items()} for of in (state, self.neck.state_dict()))
+            if shapes != expected:
+                raise SystemExit(f"{path} has no spatial-MLP neck: --features backbone")
+            self.neck.load_state_dict(state)
 
     def forward(self, stacks: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         maps = self.backbone(stacks)  # [b, 2048, 6, 6]
-        return self.neck(maps, game_id) if self.neck else maps.mean((2, 3))
+        return self.neck(maps, game_id) if self.neck else maps.float().mean((2, 3))
 
 
 # === samples ==========================================================================================================
@@ -483,21 +486,27 @@ class Samples:
 
     def __init__(self, args: Args, games: tuple[str, ...]):
         shards = prepare(args, games, args.rows_per_checkpoint)
-        self.windows = Windows(shards, HISTORY + 1, min(128, args.samples), args.seed, "held_out")
-        self.batches = range(min(args.samples // self.windows.batch_size, self.windows.batches))
+        self.windows = Windows(shards, HISTORY + 1, 128, args.seed, "held_out")
+        self.windows.batches = math.ceil(self.windows.size / self.windows.batch_size)  # the last and short one, too
+        self.windows[0]  # draws the order, of which the first are taken
+        self.windows.order = self.windows.order[: args.samples]
+        self.batches = range(math.ceil(len(self.windows.order) / self.windows.batch_size))
         batches = [self.windows[i] for i in self.batches]
         columns = [np.concatenate([batch[name] for batch in batches]) for name in ("game_id", "action", "reward")]
         self.game = torch.from_numpy(np.unique(columns[0], return_inverse=True)[1])  # [n], 0, 1, ...
         self.action = torch.from_numpy(columns[1][:, -1]).long()  # [n]
         self.sign = torch.from_numpy(columns[2][:, -1]).long() + 1  # [n], of the next reward: 0, 1 or 2
-        # To test, the last tenth of each shard's windows: frames next to each other are nearly the same.
-        window = self.windows.order[: len(self.game)].astype(np.int64)
+        # To test, the last tenth of each shard's windows: frames next to each other are nearly the same. Those before
+        # that share rows with them are left out of the training.
+        window = self.windows.order.astype(np.int64)
         shard, ends = np.searchsorted(self.windows.ends, window, side="right"), self.windows.ends
-        self.test = torch.from_numpy(ends[shard] - window <= np.diff(ends, prepend=0)[shard] // 10)  # bool [n]
+        left, tenth = ends[shard] - window, np.diff(ends, prepend=0)[shard] // 10  # left in the shard: its last has 1
+        self.test = torch.from_numpy(left <= tenth)  # bool [n]
+        self.train = torch.from_numpy(left > tenth + HISTORY)  # bool [n]
         games = torch.arange(int(self.game.max()) + 1)
-        if not all((self.game[part][:, None] == games).any(0).all() for part in (self.test, ~self.test)):
+        if not all((self.game[part][:, None] == games).any(0).all() for part in (self.test, self.train)):
             few = f"{len(self.game)} held-out samples are too few to train and test on, in each game"
-            raise SystemExit(f"{few}: use more rows (1,000 of a shard give 10) or raise --samples.")
+            raise SystemExit(f"{few}: use more rows, such as --play-rows 5000 (1,000 give 10), or raise --samples.")
 
 
 @torch.no_grad()
@@ -520,7 +529,7 @@ def probe(features: torch.Tensor, samples: Samples, args: Args) -> tuple[np.ndar
     """Trains a linear layer for each game; the actions and the signs it tells of the test samples, [test] each."""
     device = features.device
     game, action, sign = (x.to(device) for x in (samples.game, samples.action, samples.sign))
-    train, test = ((~samples.test).nonzero().flatten(), samples.test.nonzero().flatten())
+    train, test = (part.nonzero().flatten() for part in (samples.train, samples.test))
     std, mean = torch.std_mean(features[train], 0, correction=0)
     x = (features - mean) / torch.where(std > 1e-6, std, torch.inf)  # [n, d]; a unit that never changes tells nothing
     kinds = 3 * game + sign  # a game's sign
@@ -548,7 +557,7 @@ def balanced_accuracy(hits: np.ndarray, game: np.ndarray, sign: np.ndarray, time
     """Of samples that occur `times` [r, n]: the mean over games of the mean over signs of the share of hits -> [r]
 
     hits, game, sign [n]. Only games with several signs among the n count (NaN: there is none), and in a resample only
-    the signs that it has.
+    the games and signs that it has.
     """
     kinds = np.unique(np.stack([game, sign]), axis=1)  # [2, kinds]
     kinds = kinds[:, np.bincount(kinds[0])[kinds[0]] > 1]
@@ -558,7 +567,8 @@ def balanced_accuracy(hits: np.ndarray, game: np.ndarray, sign: np.ndarray, time
     count = times @ member.astype(float)  # [r, kinds]
     recall = (times @ (member * hits[:, None])) / np.maximum(count, 1)
     of_game = kinds[0][:, None] == np.unique(kinds[0])  # [kinds, games]
-    return ((recall @ of_game) / np.maximum((count > 0) @ of_game.astype(float), 1)).mean(1)
+    signs = (count > 0) @ of_game.astype(float)  # [r, games], how many a game has
+    return ((recall @ of_game) / np.maximum(signs, 1)).sum(1) / np.maximum((signs > 0).sum(1), 1)
 
 
 def entropy_rank(values: torch.Tensor) -> torch.Tensor:
@@ -586,8 +596,9 @@ def dormant_rate(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
 def estimate(statistic, n: int, resamples: int, seed: int, centre: bool = False) -> dict[str, float | None]:
     """Value and 95% bootstrap interval of a statistic, which maps how often each of n samples occurs [r, n] to [r].
 
-    None stands for NaN. A resample repeats samples, by which a RankMe is lower. To `centre` is to take its spread, not
-    its place: around the value, the resamples' deviations from their mean.
+    None stands for NaN. A resample repeats some samples and lacks others: a RankMe is lower by that, and a balanced
+    accuracy higher where a game loses a rare sign. To `centre` is to take the spread of such a statistic, not its
+    place: around the value, the resamples' deviations from their mean.
     """
     value = float(statistic(np.ones((1, n)))[0])
     resampled = statistic(np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples))
@@ -607,7 +618,7 @@ def measure(features: torch.Tensor, samples: Samples, args: Args) -> dict[str, d
 
     return {
         "action": estimate(lambda times: times @ (actions == action) / n, n, args.resamples, args.seed),
-        "reward": estimate(partial(balanced_accuracy, signs == sign, game, sign), n, args.resamples, args.seed),
+        "reward": estimate(partial(balanced_accuracy, signs == sign, game, sign), n, args.resamples, args.seed, True),
         "rank_me": estimate(of_features(rank_me), len(x), args.rank_resamples, args.seed, centre=True),
         "dormant": estimate(of_features(dormant_rate), len(x), args.resamples, args.seed),
     }
@@ -615,7 +626,7 @@ def measure(features: torch.Tensor, samples: Samples, args: Args) -> dict[str, d
 
 def baselines(samples: Samples) -> dict[str, float]:
     """What needs no features, on the test samples: each game's commonest action in training; a constant sign."""
-    train, test = ~samples.test, samples.test
+    train, test = samples.train, samples.test
     actions = torch.zeros(int(samples.game.max()) + 1, 18).index_put(
         (samples.game[train], samples.action[train]), torch.ones(int(train.sum())), accumulate=True
     )  # [games, 18], how often each was taken
@@ -668,8 +679,8 @@ def main(args: Args) -> None:
     at_least_0 = "seed learning_rate weight_decay".split()
     at_least_1 = "rows_per_checkpoint play_rows samples epochs batch_size rank_samples resamples rank_resamples".split()
     for name in at_least_0 + at_least_1:
-        if not getattr(args, name) >= (name in at_least_1):  # which NaN is not, either
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}.")
+        if not (name in at_least_1) <= getattr(args, name) < math.inf:  # which NaN is not, either
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}, and finite.")
     if WORLD_SIZE > 1:
         raise SystemExit("eval_probe.py is one process: run it without torchrun.")
     games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES

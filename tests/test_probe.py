@@ -85,10 +85,15 @@ def test_features_are_those_of_the_checkpoint(features, checkpoint, args):
         expected = neck(maps, batch["game_id"]) if features == "neck" else maps.mean((2, 3))
     assert found.shape == (len(samples.game), 512 if features == "neck" else 256)
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+    if features == "backbone":  # under bf16, the map's mean is taken in fp32
+        found = probe.extract(network, samples, cpu, probe.autocast(cpu, "bf16"))
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0.1, atol=0.02)
 
 
 def test_samples_and_their_split(args, monkeypatch, tmp_path):
-    """Each of a shard's held-out windows at most once; of these the last tenth, in time, to test."""
+    """Each of a shard's held-out windows once; of these the last tenth, in time, to test, and none that shares a row
+    with it to train."""
     prepare = probe.prepare
 
     def prepare_with_more_rewards(*given):
@@ -103,7 +108,7 @@ def test_samples_and_their_split(args, monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "prepare", prepare_with_more_rewards)
     samples = probe.Samples(args, GAMES)
     data = samples.windows
-    assert len(samples.game) == len(samples.test) == data.size // data.batch_size * data.batch_size
+    assert len(samples.game) == len(samples.test) == len(set(data.order.tolist())) == data.size == 40
     counts = np.diff(data.ends, prepend=0)
     tested = set()
     for shard, count in enumerate(counts):
@@ -111,12 +116,29 @@ def test_samples_and_their_split(args, monkeypatch, tmp_path):
         tested.add(int(data.ends[shard]) - 1)  # a tenth of 10 windows is one, the last
     order = data.order[: len(samples.game)]
     assert [int(window) in tested for window in order] == samples.test.tolist()
-    assert 0 < samples.test.sum() < len(samples.test)
+    trained = {last - before for last in tested for before in range(4, 10)}  # not the 3 windows before the last
+    assert [int(window) in trained for window in order] == samples.train.tolist()
+    assert samples.test.sum() == 4 and samples.train.sum() == 24
     for i, window in enumerate(order.tolist()):  # what is to be told is of the window's last row
         shard = int(np.searchsorted(data.ends, window, side="right"))
         row = probe.open_shard(data.paths[shard])[window + data.offset[shard] + 3]
         assert samples.action[i] == row["fields"]["action"] and samples.sign[i] == row["fields"]["reward"] + 1
         assert samples.game[i] == sorted(GAMES).index(GAMES[shard])
+
+
+@pytest.mark.parametrize(("most", "taken"), [(20_000, 200), (150, 150), (128, 128)])
+def test_no_sample_is_lost_to_a_short_batch(most, taken, cache, tmp_path):
+    """200 held-out windows are a batch of 128 and a short one."""
+    found = probe.prepare(probe.Args(cache_dir=cache), GAMES, 0)
+    shard = np.concatenate([probe.open_shard(path) for _, path in found] * 5)[:5003]
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "prepare", lambda *_: [(i, tmp_path / f"{i}.npy") for i in range(4)])
+        samples = probe.Samples(probe.Args(samples=most), GAMES)
+        windows = [samples.windows[i] for i in samples.batches]
+    assert len(samples.game) == sum(len(batch["frames"]) for batch in windows) == taken
+    assert np.concatenate([batch["action"][:, -1] for batch in windows]).tolist() == samples.action.tolist()
 
 
 @pytest.mark.parametrize("rows", [100, 399, 400, 401, 499, 800, 9_990])
@@ -168,6 +190,8 @@ def test_balanced_accuracy():
     assert probe.balanced_accuracy(hits, game, sign, once)[0] == pytest.approx((np.mean([2 / 3, 1]) + 1 / 3) / 2)
     assert probe.balanced_accuracy(hits, game, sign, only)[0] == pytest.approx((1 / 4 + np.mean([1, 0])) / 2)
     assert probe.balanced_accuracy(sign == 1, game, sign, once)[0] == pytest.approx((1 / 2 + 1 / 3) / 2)  # constant
+    absent = np.array([[1, 1, 1, 1, 0, 0, 0, 5]])  # of game 1 there is nothing
+    assert probe.balanced_accuracy(hits, game, sign, absent)[0] == pytest.approx(np.mean([2 / 3, 1]))
     assert np.isnan(probe.balanced_accuracy(hits[7:], game[7:], sign[7:], np.ones((2, 1)))).all()
 
 
@@ -179,6 +203,7 @@ class Told:
         self.game, self.action = (torch.from_numpy(rng.integers(0, most, n)) for most in (2, 6))
         self.sign = torch.from_numpy(rng.choice(3, n, p=[0.05, 0.9, 0.05]))
         self.test = torch.arange(n) % 2 == 0
+        self.train = ~self.test
 
 
 def test_probes_tell_what_features_hold_and_nothing_else():
@@ -202,6 +227,15 @@ def test_rare_rewards_weigh_as_much_as_none():
     found = probe.measure(samples.sign[:, None] + noise, samples, args)["reward"]["value"]
     best = (0.69 + 0.38 + 0.69) / 3  # the share of a normal distribution above -1/2 of its deviations, and amid +-1/2
     assert found == pytest.approx(best, abs=0.08)
+
+
+def test_interval_of_rare_rewards_holds_its_value():
+    """50 games with one reward in 40 test samples each, as is usual: a third of the resamples lack it."""
+    samples = Told(4000)
+    samples.game, samples.sign = torch.arange(4000) // 80, 1 + (torch.arange(4000) % 80 // 2 == 0).long()
+    args = probe.Args(epochs=1, rank_resamples=2, resamples=200)
+    found = probe.measure(torch.randn(4000, 4), samples, args)["reward"]
+    assert found["low"] < found["value"] < found["high"]
 
 
 def test_baselines_are_of_the_training_samples():
@@ -237,7 +271,7 @@ def test_intervals_of_means():
     [
         (["--models", "missing.pt"], "missing.pt cannot be used"),
         (["--models", "ATC", "ATC"], "two of one name"),
-        (["--models", "MAE", "--features", "neck"], "--features backbone"),
+        (["--models", "MAE", "--features", "neck"], "checkpoint.pt has no spatial-MLP neck: --features backbone"),
         (["--models", "ATC", "--width-multiplier", 0.25], "--width-multiplier and --blocks"),
         (["--games", "klax", "pong"], "--games klax: far-OOD games"),
         (["--games", "chess"], "Unknown game 'chess'"),
@@ -245,6 +279,7 @@ def test_intervals_of_means():
         (["--rows-per-checkpoint", 300], "too few to train and test on"),
         (["--samples", 0], "--samples must be at least 1"),
         (["--learning-rate", "nan"], "--learning-rate must be at least 0"),
+        (["--learning-rate", "inf"], "--learning-rate must be at least 0, and finite"),
         (["--rank-resamples", 0], "--rank-resamples must be at least 1"),
         (["--seed", -1], "--seed must be at least 0"),
         (["--device", "cuda"], "cuda cannot be used"),
