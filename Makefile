@@ -43,7 +43,7 @@ quickstart: $(VENV)/installed
 	cd quickstart && $(RUN) ../eval_iqm.py --resamples 2000
 	@echo
 	@echo "Made in quickstart/: cache/ (games played at random), runs/ (checkpoint, TensorBoard logs), results/ (a score"
-	@echo "for each method, game and seed), reports/iqm.md, iqm.json and iqm.png (table and figure)."
+	@echo "for each method, game and seed), reports/ (iqm.md, iqm.json and figures)."
 	@echo "The scores are a smoke test: a small network, a minute of training, 4 short episodes."
 
 # One game, one seed, a minute or less for each method. That every method has its scores, --methods sees to.

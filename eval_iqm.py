@@ -320,16 +320,22 @@ def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, fl
     """Estimate of the probability of improvement of X over Y, on the games that both have."""
     common = {game for game, _ in x} & {game for game, _ in y}
     (xs, games, n), (ys, _, m) = (by_game({cell: of[cell] for cell in of if cell[0] in common}) for of in (x, y))
-    of_x, of_y = np.repeat(games, n), np.repeat(games, m)  # the games of the scores
-    beats = (xs[:, None] > ys) + (xs[:, None] == ys) / 2  # [len(xs), len(ys)], of which only pairs of a game count
-    beats = (beats * (of_x[:, None] == of_y)).astype(np.float32)
-    weights = np.repeat(1 / (n * m * len(games)), m)  # [len(ys)], to the mean of a game's pairs, and of the games
+    of_x, of_y = (np.repeat(np.arange(len(games)), counts) for counts in (n, m))  # the games of the scores, as numbers
+    same, before = of_x[:, None] == of_y, of_x[:, None] > of_y  # [len(xs), len(ys)]
+    # A draw says which of its game's ys it is, from the least on: all are equally probable, so none need be sorted.
+    less = (before | same & (ys < xs[:, None])).sum(axis=1)  # [len(xs)], where the ys that a score beats end, and
+    up_to = less + (same & (ys == xs[:, None])).sum(axis=1)  # where those equal to it do
+    starts = np.repeat(np.cumsum(m) - m, n)  # [len(xs)], where the ys of a score's game begin
+    weights = np.repeat(1 / (n * m * len(games)), n)  # [len(xs)], to the mean of a game's pairs, and of the games
 
     def probability(drawn: np.ndarray) -> np.ndarray:  # [r, len(xs) + len(ys)] -> [1, r]
-        cells = drawn + np.arange(len(drawn))[:, None] * drawn.shape[1]
-        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float32)
-        times_x, times_y = np.split(times, [len(xs)], axis=1)  # how often each score got drawn
-        return (times_x @ beats * times_y @ weights)[None]  # a pair of scores counts as often as it meets
+        row, (of_xs, of_ys) = np.arange(len(drawn))[:, None], np.split(drawn, [len(xs)], axis=1)
+        cells = row * len(ys) + of_ys - len(xs)
+        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)  # how often each of ys got drawn
+        ahead = np.pad(times.cumsum(axis=1), ((0, 0), (1, 0)))  # [r, len(ys) + 1], draws among the first k of ys
+        row *= len(ys) + 1
+        beaten = (ahead.take(row + less[of_xs]) + ahead.take(row + up_to[of_xs])) / 2 - starts  # a tie is half a win
+        return (beaten * weights).sum(axis=1)[None]  # no @: on busy cores BLAS's threads wait long for each other
 
     return bootstrap(probability, np.concatenate([n, m]), resamples, seed)[0]
 

@@ -663,6 +663,8 @@ def draw(results: dict, constant: dict) -> Figure:
             if value is not None:
                 panel.barh(y, value, color="tab:gray" if y == 0 else "tab:blue")
                 panel.plot([low, high], [y, y], color="black", linewidth=1.2)
+            else:  # of rewards alone
+                panel.text(0, y, "no game has two signs to test", va="center", fontsize=7)
         if measure in constant:
             panel.axvline(constant[measure], color="black", linestyle="--", linewidth=0.8)
         panel.set_yticks(range(len(results)), results if measure == "action" else [], parse_math=False)
