@@ -458,3 +458,18 @@ def test_dt_keeps_the_largest_return_of_each_game():
         objective(batch)
     assert objective.neck.largest_return[:4].tolist() == [5, 5, 5, -math.inf]
     assert objective.neck.state_dict()["largest_return"].shape == (60,)
+
+
+def test_dt_keeps_the_largest_return_of_all_processes(monkeypatch):
+    """Another process has seen a return of 7 in game 3, and one of 4 in game 0."""
+    module = modules["dt"]
+    objective = module.DT(module.Args(**TINY))
+
+    def all_reduce(seen, op):
+        assert op == module.dist.ReduceOp.MAX
+        seen[3], seen[0] = max(seen[3], 7), max(seen[0], 4)
+
+    monkeypatch.setattr(module, "WORLD_SIZE", 2)
+    monkeypatch.setattr(module.dist, "all_reduce", all_reduce)
+    objective.see(torch.full((2, 8), 5.0), torch.tensor([0, 1]))
+    assert objective.neck.largest_return[:4].tolist() == [5, 5, -math.inf, 7]
