@@ -134,6 +134,22 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """Ends the program if no file could be written into a folder that is there or is to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
+
+
+# === numbers [shared] =================================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
+
+
 # === reading ==========================================================================================================
 KEYS = ("suite", "method", "game", "seed", "score")
 Scores = dict[tuple[str, int], float]  # a method's normalised scores, by (game, seed)
@@ -487,8 +503,8 @@ def draw_profiles(results: dict, facts: dict) -> Figure:
 
 # === main =============================================================================================================
 def report(args: Args) -> None:
-    if args.resamples < 1 or args.seed < 0:
-        raise SystemExit(f"--resamples {args.resamples} must be at least 1, --seed {args.seed} at least 0.")
+    check_numbers(args, "seed", "resamples")
+    check_writable(args.output_dir)
     suites = load(args)
     lacking = [f"{s}: {method} lacks {cells}." for s, of in suites.items() for method, cells in lacks(of).items()]
     if lacking and not args.allow_missing:

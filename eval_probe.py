@@ -117,6 +117,13 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """Ends the program if no file could be written into a folder that is there or is to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
+
+
 # === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
@@ -125,6 +132,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === numbers [shared] =================================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
 
 
 # === processes [shared] ===============================================================================================
@@ -241,6 +257,10 @@ def play_game(data_dir: Path, num_rows: int, game: str) -> None:
 def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
     """(game_id, path) of every shard of games, args.runs and args.checkpoints; without args.data_dir, of own play."""
     data_dir, runs, checkpoints = args.data_dir, args.runs, args.checkpoints
+    for numbers in (runs, checkpoints):
+        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+            raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
+    check_writable(args.cache_dir)
     pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
@@ -248,8 +268,6 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
         process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
-    if len(set(jobs)) < max(len(jobs), 1):
-        raise SystemExit("--runs and --checkpoints must name at least one each, and each once.")
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
     paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
@@ -364,8 +382,8 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
-            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        if not 0 < width_multiplier <= 8 or width_multiplier * 16 % 1 or not 1 <= min(blocks) <= max(blocks) <= 100:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, up to 8, all of --blocks from 1 to 100.")
         channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
@@ -678,11 +696,9 @@ def draw(results: dict, constant: dict) -> Figure:
 
 
 def main(args: Args) -> None:
-    at_least_0 = "seed learning_rate weight_decay".split()
-    at_least_1 = "rows_per_checkpoint play_rows samples epochs batch_size rank_samples resamples rank_resamples".split()
-    for name in at_least_0 + at_least_1:
-        if not (name in at_least_1) <= getattr(args, name) < math.inf:  # which NaN is not, either
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}, and finite.")
+    at_least_1 = "rows_per_checkpoint play_rows samples epochs batch_size rank_samples resamples rank_resamples"
+    check_numbers(args, "seed learning_rate weight_decay", at_least_1)
+    check_writable(args.output_dir)
     if WORLD_SIZE > 1:
         raise SystemExit("eval_probe.py is one process: run it without torchrun.")
     games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES

@@ -137,6 +137,13 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """Ends the program if no file could be written into a folder that is there or is to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
+
+
 # === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
@@ -145,6 +152,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === numbers [shared] =================================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
 
 
 # === processes [shared] ===============================================================================================
@@ -180,8 +196,8 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
-            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        if not 0 < width_multiplier <= 8 or width_multiplier * 16 % 1 or not 1 <= min(blocks) <= max(blocks) <= 100:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, up to 8, all of --blocks from 1 to 100.")
         channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
@@ -360,14 +376,6 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
 
 
 # === runs and results [shared] ========================================================================================
-def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less."""
-    for least, names in enumerate((at_least_0, at_least_1)):
-        for name in names.split():
-            if not getattr(args, name) >= least:  # which NaN is not, either
-                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}.")
-
-
 def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
     """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
@@ -387,6 +395,8 @@ def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Pat
         changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
         if changed:
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
+    check_writable(result.parent)
+    check_writable(run_dir)
     if result.exists() and not args.overwrite:
         print(f"{result} is there already. To make it again: --overwrite")
         result = None
@@ -484,6 +494,8 @@ def evaluate(args: Args) -> None:
     if unknown := [game for game in wanted if game not in policy.games]:
         raise SystemExit(f"{args.checkpoint} was pre-trained on {', '.join(policy.games)}, not {', '.join(unknown)}.")
     method = args.method or policy.objective
+    for game in wanted or policy.games:
+        policy.start(game, args.eval_episodes)  # all of them can be played, or none is
     for game in wanted or policy.games:
         result, run_dir, plain_args = find_run(args, "zeroshot", method, game)
         if result is None:

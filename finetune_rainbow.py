@@ -184,6 +184,13 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """Ends the program if no file could be written into a folder that is there or is to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
+
+
 # === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
@@ -192,6 +199,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === numbers [shared] =================================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
 
 
 # === processes [shared] ===============================================================================================
@@ -271,8 +287,8 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
-            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        if not 0 < width_multiplier <= 8 or width_multiplier * 16 % 1 or not 1 <= min(blocks) <= max(blocks) <= 100:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, up to 8, all of --blocks from 1 to 100.")
         channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
@@ -424,14 +440,6 @@ def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
 
 
 # === runs and results [shared] ========================================================================================
-def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less."""
-    for least, names in enumerate((at_least_0, at_least_1)):
-        for name in names.split():
-            if not getattr(args, name) >= least:  # which NaN is not, either
-                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}.")
-
-
 def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
     """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
@@ -451,6 +459,8 @@ def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Pat
         changed = {name: was for name, was in then.items() if name not in FREE_ARGS and plain_args.get(name) != was}
         if changed:
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
+    check_writable(result.parent)
+    check_writable(run_dir)
     if result.exists() and not args.overwrite:
         print(f"{result} is there already. To make it again: --overwrite")
         result = None
@@ -811,20 +821,18 @@ FREE_ARGS = "device compile results overwrite log_every video".split()  # may ch
 
 def check(args: Args) -> None:
     """Ends the program, with what to do, if a number is out of its range or does not go with another."""
-    at_least_0 = """seed updates_per_step learning_rate adam_eps max_grad_norm target_momentum discount
+    at_least_0 = """seed updates_per_step learning_rate adam_eps max_grad_norm target_momentum discount max_return
         priority_exponent importance_exponent exploration_steps exploration_final repeat_action_probability
         save_replay_rows epsilon"""
-    at_least_1 = """total_steps batch_size n_steps replay_capacity save_replay_every eval_episodes max_episode_steps
-        log_every save_every"""
+    at_least_1 = """total_steps batch_size n_steps atoms replay_capacity save_replay_every eval_episodes
+        max_episode_steps log_every save_every"""
     check_numbers(args, at_least_0, at_least_1)
     at_most_1 = "target_momentum discount importance_exponent exploration_final repeat_action_probability epsilon"
     for name in at_most_1.split():
         if getattr(args, name) > 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at most 1.")
-    if args.atoms < 2 or not 0 < args.max_return < math.inf:
-        raise SystemExit("--atoms must be at least 2, --max-return above 0 and finite.")
-    if args.updates_per_step == math.inf:
-        raise SystemExit("--updates-per-step must be finite.")
+    if args.atoms < 2 or args.max_return == 0:
+        raise SystemExit("--atoms must be at least 2, --max-return above 0.")
     if not args.n_steps < args.learning_starts < args.total_steps or args.replay_capacity <= args.n_steps:
         raise SystemExit("--learning-starts must be between --n-steps and --total-steps, --replay-capacity above.")
     if args.encoder == "nature" and args.checkpoint:
@@ -833,6 +841,8 @@ def check(args: Args) -> None:
         raise SystemExit("--save-replay: --total-steps must be a multiple of --save-replay-every.")
     if args.save_replay and args.replay_capacity < min(args.save_replay_rows or math.inf, args.save_replay_every):
         raise SystemExit("--save-replay: --replay-capacity must be at least --save-replay-rows or --save-replay-every.")
+    for folder in filter(None, (args.replay_dir, args.save_replay)):
+        check_writable(folder)
 
 
 def hold(folder: Path, owner: list[str] | None = None) -> None:
@@ -916,7 +926,7 @@ def finetune(args: Args) -> None:
             step, updates = content["step"], content["updates"]
             del content  # half a gigabyte, if the backbone learns
     else:
-        for path in [*run_dir.iterdir(), frames]:
+        for path in [*filter(Path.is_file, run_dir.iterdir()), frames]:  # a folder in it is not of the run
             path.unlink(missing_ok=True)
         replay = Replay(args, frames)
         save_checkpoint()

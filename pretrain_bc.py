@@ -120,6 +120,13 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """Ends the program if no file could be written into a folder that is there or is to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
+
+
 # === errors [shared] ==================================================================================================
 @contextmanager
 def clear_errors(name: Path | str, advice: str):
@@ -128,6 +135,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === numbers [shared] =================================================================================================
+def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
+    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    for least, names in enumerate((at_least_0, at_least_1)):
+        for name in names.split():
+            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
 
 
 # === processes [shared] ===============================================================================================
@@ -244,6 +260,10 @@ def play_game(data_dir: Path, num_rows: int, game: str) -> None:
 def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
     """(game_id, path) of every shard of games, args.runs and args.checkpoints; without args.data_dir, of own play."""
     data_dir, runs, checkpoints = args.data_dir, args.runs, args.checkpoints
+    for numbers in (runs, checkpoints):
+        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+            raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
+    check_writable(args.cache_dir)
     pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
@@ -251,8 +271,6 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
         process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
-    if len(set(jobs)) < max(len(jobs), 1):
-        raise SystemExit("--runs and --checkpoints must name at least one each, and each once.")
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
     paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
@@ -367,8 +385,8 @@ class ResNet(nn.Module):
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        if not width_multiplier > 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
-            raise SystemExit("--width-multiplier must be a multiple of 1/16, and all of --blocks at least 1.")
+        if not 0 < width_multiplier <= 8 or width_multiplier * 16 % 1 or not 1 <= min(blocks) <= max(blocks) <= 100:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, up to 8, all of --blocks from 1 to 100.")
         channels = width = int(64 * width_multiplier)
         self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
         for i in range(4):
@@ -566,11 +584,9 @@ def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.de
 
 def train(args: Args) -> None:
     # What is to be done, and where it goes.
-    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm eval_samples".split()
-    at_least_1 = "total_steps batch_size rows_per_checkpoint play_rows log_every eval_every save_every".split()
-    for name in at_least_0 + at_least_1:
-        if not getattr(args, name) >= (name in at_least_1):  # which NaN is not, either
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {name in at_least_1:d}.")
+    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm eval_samples"
+    at_least_1 = "total_steps batch_size rows_per_checkpoint play_rows log_every eval_every save_every"
+    check_numbers(args, at_least_0, at_least_1)
     if not all(0 <= beta < 1 for beta in args.betas):
         raise SystemExit("--betas must be at least 0 and below 1.")
     if args.batch_size % WORLD_SIZE:
@@ -581,9 +597,10 @@ def train(args: Args) -> None:
     run_dir = Path("runs") / (args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
     device = find_device(args.device)
-    if RANK == 0 and args.overwrite:
-        shutil.rmtree(run_dir, ignore_errors=True)
-    if RANK == 0 and run_dir.exists() and not args.resume:
+    torch.manual_seed(args.seed)
+    objective = Objective(args)  # which checks its arguments, before anything is made
+    check_writable(run_dir)
+    if RANK == 0 and run_dir.exists() and not (args.resume or args.overwrite):
         raise SystemExit(f"{run_dir} exists. Continue it with --resume, or choose --overwrite or another --run-name.")
 
     # Processes and data. The first process of a machine prepares the data, the others then find it in the cache.
@@ -592,15 +609,16 @@ def train(args: Args) -> None:
     if LOCAL_RANK > 0:
         dist.barrier()
     shards = prepare(args, args.games, args.rows_per_checkpoint)
+    data = Windows(shards, objective.length, args.batch_size, args.seed, "train")
+    held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
+    if RANK == 0 and args.overwrite:  # now that nothing else is missing
+        shutil.rmtree(run_dir, ignore_errors=True)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
-    # The objective, and how it is computed. The operations of a sample, forward and backward, are counted once.
-    torch.manual_seed(args.seed)
-    objective = Objective(args).to(device, memory_format=torch.channels_last)
+    # How the objective is computed. The operations of a sample, forward and backward, are counted once.
+    objective.to(device, memory_format=torch.channels_last)
     precision = autocast(device, args.precision)
-    data = Windows(shards, objective.length, args.batch_size, args.seed, "train")
-    held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
     sample = {name: value[:1] for name, value in on_device(held_out[0], device).items()}
     with precision, FlopCounterMode(display=False) as counter:
         copy.deepcopy(objective)(sample)[0].backward()
