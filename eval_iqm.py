@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -124,6 +125,10 @@ def atomic_write(path: Path):
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
+                    other.unlink()
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)

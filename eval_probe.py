@@ -26,8 +26,11 @@ Give it the games and the data of the pre-training. Prints a table; writes repor
 import gzip
 import json
 import math
+import mmap
 import os
 import resource
+import time
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -107,6 +110,10 @@ def atomic_write(path: Path):
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
+                    other.unlink()
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
@@ -132,6 +139,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === torch files [shared] =============================================================================================
+def load_torch(path: Path, mapped: bool = False) -> dict:
+    """Tensors and plain types that torch.save wrote; an error if a bit has changed, for which torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 # === numbers [shared] =================================================================================================
@@ -275,9 +291,16 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
 
 
 @cache  # by each process of its own
+def map_shard(path: Path) -> np.memmap:
+    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    shard.base.madvise(mmap.MADV_RANDOM)  # else, of what is not in RAM, the system reads many times what is needed
+    return shard
+
+
+@cache
 def open_shard(path: Path) -> np.ndarray:
     with clear_errors(path, "Delete it: it will be prepared again."):
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(ROW, np.ndarray)  # np.memmap is slow to slice
+        return map_shard(path).view(ROW, np.ndarray)  # np.memmap is slow to slice
 
 
 class Windows(Dataset):
@@ -315,9 +338,15 @@ class Windows(Dataset):
         windows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size].astype(np.int64)
         window = np.array_split(windows, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
+        places = list(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True))
+        for s, row in places:  # what is not in RAM is read all at once, not page by page
+            mapped = map_shard(self.paths[s])
+            start = mapped.offset + row * ROW.itemsize
+            before = start % mmap.PAGESIZE  # bytes of the first page
+            mapped.base.madvise(mmap.MADV_WILLNEED, start - before, before + self.length * ROW.itemsize)
         frames = np.empty((len(window), self.length, 84, 84), np.uint8)
         fields = np.empty((len(window), self.length), FIELDS)
-        for j, (s, row) in enumerate(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True)):
+        for j, (s, row) in enumerate(places):
             rows = open_shard(self.paths[s])[row : row + self.length]
             frames[j], fields[j] = rows["frame"], rows["fields"]
         others = {name: fields[name].copy() for name in FIELDS.names}
@@ -457,7 +486,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def load_backbone(backbone: nn.Module, path: Path) -> str:
     """Loads the backbone of our checkpoint or of the original authors' .pth; returns the name of its objective."""
     with clear_errors(path, "It must be a checkpoint of a pretrain_*.py run or a .pth of the Atari-PB authors."):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_torch(path, mapped=True)
         state = {}
         for name, value in content["backbone"].items():
             name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
@@ -484,7 +513,7 @@ class Network(nn.Module):
         self.name = load_backbone(self.backbone, path) if path else "random"
         if path and self.neck:
             with clear_errors(path, "--features backbone needs no neck."):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["neck"]
+                state = load_torch(path, mapped=True)["neck"]
                 shapes, expected = ({name: x.shape for name, x in of.items()} for of in (state, self.neck.state_dict()))
             if shapes != expected:
                 raise SystemExit(f"{path} has no spatial-MLP neck: --features backbone")

@@ -26,6 +26,8 @@ import json
 import math
 import os
 import platform
+import time
+import zipfile
 from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -127,6 +129,10 @@ def atomic_write(path: Path):
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
+                    other.unlink()
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
@@ -152,6 +158,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === torch files [shared] =============================================================================================
+def load_torch(path: Path, mapped: bool = False) -> dict:
+    """Tensors and plain types that torch.save wrote; an error if a bit has changed, for which torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 # === numbers [shared] =================================================================================================
@@ -422,7 +437,7 @@ class Policy:
     def __init__(self, path: Path, device: torch.device, precision: torch.autocast):
         self.path, self.device, self.precision = path, device, precision
         with clear_errors(path, "It must be a checkpoint of pretrain_bc.py, pretrain_dt.py or pretrain_cql.py."):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = load_torch(path, mapped=True)
             self.objective, args = content["objective"], content["args"]
             if self.objective not in ("bc", "dt", "cql", "cql_mse"):
                 raise ValueError(f"{self.objective} learns no policy")

@@ -36,6 +36,7 @@ import os
 import platform
 import signal
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -174,6 +175,10 @@ def atomic_write(path: Path):
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
+                    other.unlink()
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
@@ -199,6 +204,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === torch files [shared] =============================================================================================
+def load_torch(path: Path, mapped: bool = False) -> dict:
+    """Tensors and plain types that torch.save wrote; an error if a bit has changed, for which torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 # === numbers [shared] =================================================================================================
@@ -362,7 +376,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def load_backbone(backbone: nn.Module, path: Path) -> str:
     """Loads the backbone of our checkpoint or of the original authors' .pth; returns the name of its objective."""
     with clear_errors(path, "It must be a checkpoint of a pretrain_*.py run or a .pth of the Atari-PB authors."):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_torch(path, mapped=True)
         state = {}
         for name, value in content["backbone"].items():
             name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
@@ -873,13 +887,23 @@ def finetune(args: Args) -> None:
     torch.manual_seed(args.seed)
     backbone, method = (Nature(), args.method or "nature") if args.encoder == "nature" else make_backbone(args)
     result, run_dir, plain_args = find_run(args, "rainbow", method, game)
-    if result is None:
-        return
     checkpoint, replay_dir = run_dir / "checkpoint.pt", args.replay_dir or run_dir
+    if result is None and not checkpoint.exists():
+        return
     frames, owner = replay_dir / "frames.bin", [game, str(run_dir.resolve())]
+
+    def tidy_up() -> None:  # gigabytes that nobody needs once there is a result
+        for path in (frames, replay_dir / "run.json", checkpoint):
+            path.unlink(missing_ok=True)
+
     hold(run_dir)
     if args.replay_dir:
         hold(replay_dir, owner)
+    for leftover in run_dir.glob(".*.tmp"):  # what was being written as the run was killed
+        leftover.unlink()
+    if result is None:  # and killed as it tidied up
+        tidy_up()
+        return
     exports = {}  # what to write of a replay checkpoint, by the step after which it has been played
     if args.save_replay:
         every, rows = args.save_replay_every, args.save_replay_rows + 1 if args.save_replay_rows else math.inf
@@ -915,7 +939,7 @@ def finetune(args: Args) -> None:
     # The run as far as it has come, or afresh.
     if checkpoint.exists() and not args.overwrite:
         with clear_errors(checkpoint, "To start the run again: --overwrite"):
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            content = load_torch(checkpoint)
             replay = Replay(args, frames)
             for name, part in {"model": model, "optimizer": optimizer, "replay": replay, "env": env}.items():
                 part.load_state_dict(content[name])
@@ -1020,11 +1044,10 @@ def finetune(args: Args) -> None:
     scores, video = play_episodes(game, act, *evaluation)
     if args.video:
         save_gif(run_dir / "episode.gif", video)
-    save_result(result, game, scores, plain_args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
-    for path in (checkpoint, frames, replay_dir / "run.json"):  # gigabytes that nobody needs any more
-        path.unlink(missing_ok=True)
+    save_result(result, game, scores, plain_args)
+    tidy_up()
     print(f"{result}: {scores.mean():.2f} points, normalised {normalize(game, scores.mean()):.3f}", flush=True)
 
 

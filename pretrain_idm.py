@@ -17,15 +17,18 @@ over the steps s that do not end an episode.
     torchrun --nproc-per-node 8 pretrain_idm.py --data-dir /data/dqn_replay
 """
 
+import atexit
 import copy
 import gzip
 import json
 import math
+import mmap
 import os
 import resource
 import shutil
 import signal
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -112,6 +115,10 @@ def atomic_write(path: Path):
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
+                    other.unlink()
         with open(temporary, "wb") as file:
             yield file
         temporary.replace(path)
@@ -137,6 +144,15 @@ def clear_errors(name: Path | str, advice: str):
         yield
     except Exception as error:
         raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
+
+
+# === torch files [shared] =============================================================================================
+def load_torch(path: Path, mapped: bool = False) -> dict:
+    """Tensors and plain types that torch.save wrote; an error if a bit has changed, for which torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 # === numbers [shared] =================================================================================================
@@ -280,9 +296,16 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
 
 
 @cache  # by each process of its own
+def map_shard(path: Path) -> np.memmap:
+    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    shard.base.madvise(mmap.MADV_RANDOM)  # else, of what is not in RAM, the system reads many times what is needed
+    return shard
+
+
+@cache
 def open_shard(path: Path) -> np.ndarray:
     with clear_errors(path, "Delete it: it will be prepared again."):
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(ROW, np.ndarray)  # np.memmap is slow to slice
+        return map_shard(path).view(ROW, np.ndarray)  # np.memmap is slow to slice
 
 
 class Windows(Dataset):
@@ -320,9 +343,15 @@ class Windows(Dataset):
         windows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size].astype(np.int64)
         window = np.array_split(windows, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
+        places = list(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True))
+        for s, row in places:  # what is not in RAM is read all at once, not page by page
+            mapped = map_shard(self.paths[s])
+            start = mapped.offset + row * ROW.itemsize
+            before = start % mmap.PAGESIZE  # bytes of the first page
+            mapped.base.madvise(mmap.MADV_WILLNEED, start - before, before + self.length * ROW.itemsize)
         frames = np.empty((len(window), self.length, 84, 84), np.uint8)
         fields = np.empty((len(window), self.length), FIELDS)
-        for j, (s, row) in enumerate(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True)):
+        for j, (s, row) in enumerate(places):
             rows = open_shard(self.paths[s])[row : row + self.length]
             frames[j], fields[j] = rows["frame"], rows["fields"]
         others = {name: fields[name].copy() for name in FIELDS.names}
@@ -547,7 +576,7 @@ def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
 def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, args: dict) -> int:
     """Restores what was saved; returns the steps done. Args must be as they were, apart from FREE_ARGS."""
     with clear_errors(path, "To start the run again: --overwrite"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
         changed = {name: was for name, was in content["args"].items() if name not in FREE_ARGS and args[name] != was}
         if changed:
             raise SystemExit(f"{path} was trained with {changed}. Resume with the same, or choose another --run-name.")
@@ -619,6 +648,8 @@ def train(args: Args) -> None:
     held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
     if RANK == 0 and args.overwrite:  # now that nothing else is missing
         shutil.rmtree(run_dir, ignore_errors=True)
+    for leftover in run_dir.glob(".*.tmp") if RANK == 0 else ():  # what was being written as the run was killed
+        leftover.unlink()
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
@@ -651,6 +682,8 @@ def train(args: Args) -> None:
     options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
     options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
     batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
+    if args.num_workers:  # whom this process, after an error, would else wait for without end
+        atexit.register(batches._shutdown_workers)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
     if RANK == 0:
