@@ -188,10 +188,13 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
     with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
         (total, *shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
-        if shape != [*row.shape] or column_major or not np.can_cast(dtype, row.base, "no" if shape else "same_kind"):
+        fits = shape == [*row.shape] and np.can_cast(dtype, row.base, "no" if shape else "same_kind")
+        if not fits or column_major or total < 0:
             raise ValueError(f"it holds rows of {dtype} {shape}, not of {row.base} {list(row.shape)}")
         count = min(rows, total)
         content = file.read(count * math.prod(shape) * dtype.itemsize)
+        if count == total:  # gzip's checksum is at the end
+            file.read(1)
         return np.frombuffer(content, dtype).reshape(count, *shape), total
 
 

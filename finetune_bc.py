@@ -28,6 +28,7 @@ import platform
 import resource
 import shutil
 import signal
+import threading
 import time
 import zipfile
 import zlib
@@ -232,10 +233,13 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
     with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
         (total, *shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
-        if shape != [*row.shape] or column_major or not np.can_cast(dtype, row.base, "no" if shape else "same_kind"):
+        fits = shape == [*row.shape] and np.can_cast(dtype, row.base, "no" if shape else "same_kind")
+        if not fits or column_major or total < 0:
             raise ValueError(f"it holds rows of {dtype} {shape}, not of {row.base} {list(row.shape)}")
         count = min(rows, total)
         content = file.read(count * math.prod(shape) * dtype.itemsize)
+        if count == total:  # gzip's checksum is at the end
+            file.read(1)
         return np.frombuffer(content, dtype).reshape(count, *shape), total
 
 
@@ -610,6 +614,7 @@ def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
     """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
     with atomic_write(run_dir / "args.json") as file:
         file.write(json.dumps(plain_args, indent=2).encode())
+    threading.excepthook = lambda _: None  # an error of its thread, which writes, comes again with the next entry
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
@@ -743,8 +748,9 @@ def finetune(args: Args) -> None:
             raise SystemExit(f"Loss or gradient norm is not finite before step {step + 1}: lower --learning-rate?")
         scalars = dict(zip(("losses/loss", "losses/grad_norm", "losses/accuracy"), values, strict=True))
         scalars |= {"charts/learning_rate": lr, "charts/images_per_second": images / (time.perf_counter() - clock)}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step + 1)
+        with clear_errors(run_dir, "Is the disk full?"):
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step + 1)
         bar.set_postfix({"loss": f"{values[0]:.3f}", "images/s": f"{scalars['charts/images_per_second']:.0f}"})
         recent, clock, images = [], time.perf_counter(), 0
 
@@ -761,8 +767,9 @@ def finetune(args: Args) -> None:
     scores, frames = play_episodes(game, act, *evaluation)
     if args.video:
         save_gif(run_dir / "episode.gif", frames)
-    writer.add_scalar("eval/score", scores.mean(), len(steps))
-    writer.close()
+    with clear_errors(run_dir, "Is the disk full?"):
+        writer.add_scalar("eval/score", scores.mean(), len(steps))
+        writer.close()
     save_result(result, game, scores, plain_args)  # last: a run that has its result is done
     print(f"{result}: {scores.mean():.2f} points, normalised {normalize(game, scores.mean()):.3f}", flush=True)
 

@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import signal
+import threading
 import time
 import zipfile
 import zlib
@@ -447,6 +448,7 @@ def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
     """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
     with atomic_write(run_dir / "args.json") as file:
         file.write(json.dumps(plain_args, indent=2).encode())
+    threading.excepthook = lambda _: None  # an error of its thread, which writes, comes again with the next entry
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
@@ -984,8 +986,9 @@ def finetune(args: Args) -> None:
         step += 1
         bar.update()
         if env.terminal:
-            writer.add_scalar("charts/episode_return", env.score, step)
-            writer.add_scalar("charts/episode_length", len(env.actions), step)
+            with clear_errors(run_dir, "Is the disk full?"):
+                writer.add_scalar("charts/episode_return", env.score, step)
+                writer.add_scalar("charts/episode_length", len(env.actions), step)
             bar.set_postfix_str(f"return {env.score:g}")
             env.reset(env.episode + 1)
 
@@ -1021,12 +1024,15 @@ def finetune(args: Args) -> None:
             scalars = {f"losses/{name}": value for name, value in scalars} | {"charts/epsilon": epsilon}
             rate = len(recent) / (time.perf_counter() - clock)
             scalars |= {"charts/importance_exponent": beta, "charts/updates_per_second": rate}
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+            with clear_errors(run_dir, "Is the disk full?"):
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
             recent, clock = [], time.perf_counter()
         if step in exports:
             replay.export(*exports[step])
         if stops or step in exports or step % args.save_every == 0 or step == args.total_steps:
+            with clear_errors(run_dir, "Is the disk full?"):
+                writer.flush()  # what the checkpoint goes on from is charted
             save_checkpoint()
         if stops:
             bar.close()
@@ -1044,8 +1050,9 @@ def finetune(args: Args) -> None:
     scores, video = play_episodes(game, act, *evaluation)
     if args.video:
         save_gif(run_dir / "episode.gif", video)
-    writer.add_scalar("eval/score", scores.mean(), args.total_steps)
-    writer.close()
+    with clear_errors(run_dir, "Is the disk full?"):
+        writer.add_scalar("eval/score", scores.mean(), args.total_steps)
+        writer.close()
     save_result(result, game, scores, plain_args)
     tidy_up()
     print(f"{result}: {scores.mean():.2f} points, normalised {normalize(game, scores.mean()):.3f}", flush=True)

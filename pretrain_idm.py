@@ -27,6 +27,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 import zipfile
 import zlib
@@ -193,10 +194,13 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
     with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
         np.lib.format.read_magic(file)
         (total, *shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
-        if shape != [*row.shape] or column_major or not np.can_cast(dtype, row.base, "no" if shape else "same_kind"):
+        fits = shape == [*row.shape] and np.can_cast(dtype, row.base, "no" if shape else "same_kind")
+        if not fits or column_major or total < 0:
             raise ValueError(f"it holds rows of {dtype} {shape}, not of {row.base} {list(row.shape)}")
         count = min(rows, total)
         content = file.read(count * math.prod(shape) * dtype.itemsize)
+        if count == total:  # gzip's checksum is at the end
+            file.read(1)
         return np.frombuffer(content, dtype).reshape(count, *shape), total
 
 
@@ -589,6 +593,18 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
         return content["step"]
 
 
+# === logging [shared] =================================================================================================
+def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
+    """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
+    with atomic_write(run_dir / "args.json") as file:
+        file.write(json.dumps(plain_args, indent=2).encode())
+    threading.excepthook = lambda _: None  # an error of its thread, which writes, comes again with the next entry
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+    return writer
+
+
 # === training loop [shared] ===========================================================================================
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -687,11 +703,7 @@ def train(args: Args) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
     if RANK == 0:
-        with atomic_write(run_dir / "args.json") as file:
-            file.write(json.dumps(plain_args, indent=2).encode())
-        writer = SummaryWriter(run_dir, purge_step=start + 1)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+        writer = open_writer(run_dir, plain_args, start)
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, dynamic_ncols=True)
     recent, clock = [], time.perf_counter()
@@ -735,10 +747,12 @@ def train(args: Args) -> None:
                 results, pictures = evaluate(objective, held_out, args.eval_samples, device)
             scalars |= results
         if RANK == 0:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, done)
-            for name, picture in pictures.items():
-                writer.add_image(f"eval/{name}", picture, done)
+            with clear_errors(run_dir, "Is the disk full?"):
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, done)
+                for name, picture in pictures.items():
+                    writer.add_image(f"eval/{name}", picture, done)
+                writer.flush()  # before the checkpoint: what it goes on from is charted
             if last or stop or done % args.save_every == 0:
                 save_checkpoint(checkpoint, objective, optimizer, done, plain_args)
         if stop:
@@ -748,7 +762,8 @@ def train(args: Args) -> None:
 
     bar.close()
     if RANK == 0:
-        writer.close()
+        with clear_errors(run_dir, "Is the disk full?"):
+            writer.close()
         print(f"{checkpoint}: {args.total_steps} steps done", flush=True)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
