@@ -18,7 +18,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 5
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # freed memory is used again
+ALLOCATOR = {  # glibc's settings: freed memory, up to 16 GB, is used again; it is asked for by 64 MB, in huge pages
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864"
+    ":glibc.malloc.hugetlb=1"
+}
 
 
 def load(name: str):
@@ -44,7 +47,7 @@ def memory(kind: str) -> float:
 
 def in_new_process(call: list, **environment: str) -> dict:
     """The figures of `call`, a measurement's name and its arguments, by this benchmark in a process of its own."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("GLIBC_", "MALLOC_"))}
     command = [sys.executable, sys.argv[0], "--measure", json.dumps(call)]
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     if done.returncode:

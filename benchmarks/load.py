@@ -19,7 +19,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from common import KEEP_MEMORY, begin, in_new_process, load, median, memory, record, shown, start, table, take_turns
+from common import ALLOCATOR, begin, in_new_process, load, median, memory, record, shown, start, table, take_turns
 from torch.utils.data import DataLoader, Dataset
 
 BATCH, LENGTH, ROWS = 512, 7, 120_000  # 0.85 GB of rows
@@ -151,7 +151,7 @@ def main(_: list[str]) -> None:
         write_shards(Path(folders["ours"]), 12, ROWS // 12)
         write_plain(Path(folders["HDF5"]))
         os.sync()  # the disk is at rest as the clock runs
-        for allocator, environment in (("default", {}), ("keeps memory", KEEP_MEMORY)):
+        for allocator, environment in (("default", {}), ("as recommended", ALLOCATOR)):
             found = figures[f"warm, {allocator}"] = in_new_process(["warm", folders, ways], **environment)
             rates = {way: of["samples per second"] for way, of in found.items()}
             ratios = [f"{median(rates['ours']) / median(rates[way]):.1f}" for way in ("memory map", "HDF5")]
