@@ -8,43 +8,30 @@
 Ours is the script itself in a subprocess, timed by its TensorBoard entries, here one for each step with an update. The
 plain way is below: everything in fp32, a pass through the backbone for each of the three uses of its output, the target
 distribution sample by sample, and a replay of the published single-file structure: each transition with both stacks,
-n-step returns put together as they are played, a binary sum tree of Python loops. Networks, augmentation, environment
-and all numbers are the same. Runs of both alternate; a table shows medians, with the least and the greatest.
+n-step returns put together as they are played, a binary sum tree of Python loops. Networks, augmentation, environment,
+allocator and all numbers are the same, an update for each agent step.
 """
 
-import importlib.util
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import ALLOCATOR, ROOT, ROUNDS, begin, load, median, record, shown, start, table, take_turns
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-ROUNDS, SEED = 3, 0
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # freed memory is used again
+SEED = 0
 NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "200"]
 SETTINGS = {  # arguments of the script; timed are the agent steps from the second number to the third
-    "resnet": (["--game", "pong", "--learning-starts", "60", "--updates-per-step", "1"], 62, 68),
-    "nature, an update each step": ([*NATURE, "--updates-per-step", "1"], 250, 450),
-    "nature, an update every fourth step": ([*NATURE, "--updates-per-step", "0.25"], 252, 752),
+    "resnet": (["--game", "pong", "--learning-starts", "60", "--updates-per-step", "1"], 61, 66),
+    "nature": ([*NATURE, "--updates-per-step", "1"], 210, 310),
 }
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("finetune_rainbow", ROOT / "finetune_rainbow.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # === the plain way ====================================================================================================
@@ -168,16 +155,16 @@ def plain(module, args, first: int, last: int) -> list[float]:
 
 
 # === measuring ========================================================================================================
-def steps_per_second(arguments: list[str], first: int, last: int, way: str, environment: dict) -> float:
+def steps_per_second(arguments: list[str], first: int, last: int, way: str, environment: dict) -> dict[str, float]:
     """Agent steps per second of one run, of ours in a precision or of the plain way."""
     with tempfile.TemporaryDirectory() as folder:
         options = [*arguments, "--total-steps", str(last)]
         if way == "plain":
             command = [sys.executable, __file__, "--plain", str(first), str(last), *options]
-            shown = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            seconds = float(shown.stdout.splitlines()[-1])
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            seconds = float(done.stdout.splitlines()[-1])
         else:
-            quick = """--log-every 1 --eval-episodes 1 --max-episode-steps 5000 --epsilon 1 --exploration-steps 0
+            quick = f"""--log-every 1 --eval-episodes 1 --max-episode-steps {last + 1} --exploration-steps 0
                 --exploration-final 0 --precision""".split()
             command = [sys.executable, str(ROOT / "finetune_rainbow.py"), *options, *quick, way]
             subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
@@ -185,17 +172,7 @@ def steps_per_second(arguments: list[str], first: int, last: int, way: str, envi
             events.Reload()
             at = {event.step: event.wall_time for event in events.Scalars("charts/epsilon")}
             seconds = at[last] - at[first]
-    return (last - first) / seconds
-
-
-def compare(name: str, environment: dict) -> dict:
-    arguments, first, last = SETTINGS[name]
-    ways = ["auto", "fp32", "plain"]
-    found = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way in ways:
-            found[way].append(steps_per_second(arguments, first, last, way, environment))
-    return found
+    return {"steps per second": (last - first) / seconds}
 
 
 def replay_figures(module) -> dict:
@@ -213,50 +190,39 @@ def replay_figures(module) -> dict:
         samples = {"ours": (2000, lambda: ours.sample(32, rng)), "plain": (200, lambda: theirs.sample(32, 0.4, rng))}
         for _ in range(ROUNDS):
             for way, (batches, sample) in samples.items():
-                start = time.perf_counter()
+                clock = time.perf_counter()
                 for _ in range(batches):
                     sample()
-                found[way].append(batches / (time.perf_counter() - start))
+                found[way].append(batches / (time.perf_counter() - clock))
         found["bytes"] = ours.frames.nbytes + ours.fields.nbytes + sum(x.nbytes for x in ours.tree.levels)
         found["plain_bytes"] = theirs.nbytes()
     return found
 
 
-def shown(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
-
-
 def main(parts: list[str]) -> None:
-    figures = {}
-    print(
-        f"{os.cpu_count()} CPUs, torch {torch.__version__}, {ROUNDS} alternating runs each: median (least-greatest)\n"
-    )
-    for name in [name for name in SETTINGS if name.split(",")[0] in parts]:
-        print(f"{name}, agent steps per second\n")
-        print("| allocator | ours | ours, fp32 | plain | ours / plain | ours, fp32 / plain |")
-        print("|---|---|---|---|---|---|")
-        for allocator, changes in (("default", {}), ("keeps memory", KEEP_MEMORY)):
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | changes
-            found = figures[f"{name}, {allocator}"] = compare(name, environment)
-            middle = {way: statistics.median(values) for way, values in found.items()}
-            ratios = " | ".join(f"{middle[way] / middle['plain']:.2f}" for way in ("auto", "fp32"))
-            print(f"| {allocator} | {' | '.join(map(shown, found.values()))} | {ratios} |", flush=True)
-        print()
+    parts = parts or ["resnet", "nature", "replay"]
+    begin(__doc__.partition("\n")[0])
+    figures, rows, environment = {}, [], os.environ | ALLOCATOR
+    for name in [name for name in SETTINGS if name in parts]:
+        ways = {way: partial(steps_per_second, *SETTINGS[name], way, environment) for way in ("auto", "plain")}
+        found = figures[name] = take_turns(ways)
+        rates = [of["steps per second"] for of in found.values()]
+        target = "2.5" if name == "resnet" else "1"
+        rows.append([name, *map(shown, rates), f"{median(rates[0]) / median(rates[1]):.2f} ({target})"])
+    if rows:
+        table("Agent steps per second", ["", "ours", "plain", "ours / plain (target)"], rows)
     if "replay" in parts:
-        found = figures["replay"] = replay_figures(load())
-        print("replay, 100,000 transitions\n\n| | batches of 32 per second | GB |\n|---|---|---|")
-        print(f"| ours | {shown(found['ours'])} | {found['bytes'] / 1e9:.3f} |")
-        print(f"| plain | {shown(found['plain'])} | {found['plain_bytes'] / 1e9:.3f} |\n")
-    content = {"time": time.strftime("%Y-%m-%d %H:%M"), "machine": platform.machine(), "cpus": os.cpu_count()}
-    content |= {"torch": torch.__version__, "figures": figures}
-    with open(ROOT / "benchmarks" / "rainbow.json", "a") as file:
-        file.write(json.dumps(content) + "\n")
+        found = figures["replay"] = replay_figures(load("finetune_rainbow"))
+        rows = [["ours", shown(found["ours"]), f"{found['bytes'] / 1e9:.3f}"]]
+        rows += [["plain", shown(found["plain"]), f"{found['plain_bytes'] / 1e9:.3f}"]]
+        table("A replay of 100,000 transitions", ["", "batches of 32 per second", "GB"], rows)
+    record("rainbow", figures)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain"]:
-        module, (first, last) = load(), map(int, sys.argv[2:4])
+        module, (first, last) = load("finetune_rainbow"), map(int, sys.argv[2:4])
         times = plain(module, module.tyro.cli(module.Args, args=sys.argv[4:]), first, last)
         print(times[-1] - times[0])
     else:
-        main(sys.argv[1:] or ["resnet", "nature", "replay"])
+        start([], main)

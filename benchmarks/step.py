@@ -134,11 +134,11 @@ def measure(name: str, cache: str) -> dict:
     return {"gigaflop": operations / 1e9, "ways": take_turns({way: partial(figures, way) for way in trainers})}
 
 
-def allocated(cache: str) -> dict[str, float]:
+def allocated(cache: str) -> dict:
     """Samples per second of ATC, for the allocator's settings that this process has, and the peak of its memory."""
     trainer = Trainer("atc", "ours", cache)
     trainer.seconds(2)
-    return {"samples per second": BATCH / trainer.seconds(3), "GB": peak_memory()}
+    return {"samples per second": [BATCH / trainer.seconds() for _ in range(ROUNDS)], "GB": peak_memory()}
 
 
 def on_cuda(name: str, cache: str, compiled: bool) -> dict:
@@ -242,13 +242,11 @@ def main(names: list[str]) -> None:
 
         if DEVICE.type == "cpu":
             settings = {"default": {}, "as recommended": ALLOCATOR}
-            ways = {name: partial(in_new_process, ["allocated", cache], **of) for name, of in settings.items()}
-            found = figures["allocator"] = take_turns(ways)
-            default = median(found["default"]["samples per second"])
-            rows = [[name, shown(of["samples per second"])] for name, of in found.items()]
-            for row, of in zip(rows, found.values(), strict=True):
-                row += [f"{median(of['samples per second']) / default:.2f}", shown(of["GB"])]
-            table("ATC by the allocator's settings", ["settings", "samples/s", "over default", "peak GB"], rows)
+            rows = []
+            for setting, environment in settings.items():
+                found = figures[f"allocator, {setting}"] = in_new_process(["allocated", cache], **environment)
+                rows.append([setting, shown(found["samples per second"]), f"{found['GB']:.2f}"])
+            table("ATC by the allocator's settings", ["settings", "samples/s", "peak GB"], rows)
             print("CUDA (MFU, memory at batch 512, compiled steps, format of norms): not measured, there is no GPU.\n")
         else:
             rows, module = [], load("pretrain_atc")

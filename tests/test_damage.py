@@ -158,16 +158,19 @@ def test_damaged_shard(place):
 
 
 def test_damaged_checkpoint_of_pre_training(place):
-    """A pre-training's checkpoint is cut short: always an error, of --resume and of what loads a backbone or policy."""
-    content = PRETRAINED.read_bytes()
+    """A pre-training's checkpoint is cut short: always an error; a flipped bit: an error, or the same is read."""
+    content, original = PRETRAINED.read_bytes(), torch.load(PRETRAINED, weights_only=True)
     objective = cloning.Objective(cloning.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1)))
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
-    args = torch.load(PRETRAINED, weights_only=True)["args"]
+    args = original["args"]
     backbone, cpu = bc.ResNet(0.125, (1, 1, 1, 1)), torch.device("cpu")
 
     def resume():
-        step = cloning.load_checkpoint(PRETRAINED, objective, optimizer, args)
-        assert type(step) is int
+        assert cloning.load_checkpoint(PRETRAINED, objective, optimizer, args) == original["step"]
+        for name, state in original["optimizer"]["state"].items():
+            assert torch.equal(optimizer.state_dict()["state"][name]["exp_avg"], state["exp_avg"])
+        for name, value in objective.backbone.state_dict().items():
+            assert torch.equal(value, original["backbone"][name])
 
     readers = (
         resume,

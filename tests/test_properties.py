@@ -433,7 +433,7 @@ def test_draw_finds_the_slot_whose_interval_holds_the_share(case, data):
 @examples(300)
 @given(priorities(SOME_PRIORITY), st.lists(st.floats(0, 1, exclude_max=True), max_size=30))
 def test_draw_never_finds_a_slot_of_priority_0(case, shares):
-    """And, however tiny or huge they are, none far from the share: rounding moves no more than rounding can."""
+    """A slot of priority 0 is never drawn, however tiny or huge the others are, nor one far from the share."""
     tree, plain = grow(*case)
     total = math.fsum(plain)
     assume(total > 0)
@@ -551,7 +551,7 @@ def test_intervals_lie_between_the_worst_and_the_best(table, resamples, seed):
 @examples(100)
 @given(pairs(), st.randoms(use_true_random=False), st.integers(0, 2**32))
 def test_the_order_of_games_and_seeds_does_not_count(pair, random, seed):
-    """Nor do the seeds' numbers, only which comes first: every estimate and interval is the same, bit by bit."""
+    """The order of games and seeds does not count, nor do the seeds' numbers: all is the same, bit by bit."""
 
     def shuffled(scores: dict) -> dict:
         renamed = [((game, 3 * number + 5), score) for (game, number), score in scores.items()]
@@ -567,7 +567,7 @@ def test_the_order_of_games_and_seeds_does_not_count(pair, random, seed):
 @examples(150)
 @given(tables(), st.floats(0.01, 100), st.floats(-10, 10))
 def test_estimates_move_with_the_scores(table, scale, shift):
-    """Under x -> a x + b with a > 0 all do, values and ends; the optimality gap under x -> 1 + a (x - 1), by a."""
+    """Under x -> a x + b with a > 0 values and ends move alike; the gap under x -> 1 + a (x - 1), by a."""
     before = iqm.estimate(cells(table), 40, 0)
     moved = iqm.estimate(cells({g: [scale * x + shift for x in of] for g, of in table.items()}), 40, 0)
     about_1 = iqm.estimate(cells({g: [1 + scale * (x - 1) for x in of] for g, of in table.items()}), 40, 0)
@@ -595,7 +595,7 @@ def test_equal_seeds_leave_no_interval(table, seeds, seed):
 @examples(100)
 @given(tables(), st.integers(0, 2**32), st.integers(0, 2**32), st.integers(1, 60))
 def test_the_same_seed_gives_the_same_result(table, seed, other, resamples):
-    """And no seed changes a value; with another seed, ends of intervals are other ones, where scores of a game are."""
+    """The same seed gives the same result; another changes no value, but the ends of intervals."""
     x = cells(table)
     first, again, another = (iqm.estimate(x, resamples, s) for s in (seed, seed, other))
     assert first == again
