@@ -148,7 +148,7 @@ def check_writable(folder: Path) -> None:
 
 # === numbers [shared] =================================================================================================
 def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    """Ends the program if one of the arguments of these names is less or not finite; --max-grad-norm may be inf."""
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):

@@ -149,7 +149,7 @@ def clear_errors(name: Path | str, advice: str):
 
 # === torch files [shared] =============================================================================================
 def load_torch(path: Path, mapped: bool = False) -> dict:
-    """Tensors and plain types that torch.save wrote; an error if a bit has changed, for which torch does not look."""
+    """What torch.save wrote, its tensors left in the file if `mapped`; an error if a bit of it has changed."""
     with zipfile.ZipFile(path) as file:
         if damaged := file.testzip():
             raise ValueError(f"its part {damaged} is damaged")
@@ -158,7 +158,7 @@ def load_torch(path: Path, mapped: bool = False) -> dict:
 
 # === numbers [shared] =================================================================================================
 def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less, or not finite; only gradients need no limit."""
+    """Ends the program if one of the arguments of these names is less or not finite; --max-grad-norm may be inf."""
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):

@@ -578,3 +578,16 @@ def test_three_runs_make_one_cache(home, tmp_path):
     assert {path.name for path in played} == {f"$store$_{field}_ckpt.1.gz" for field in FIELDS}
     for path in played:
         assert gzip.decompress((tmp_path / path).read_bytes()) == gzip.decompress((home / path).read_bytes())
+
+
+def test_leftovers_of_killed_processes(tmp_path):
+    """A temporary file that a killed process left an hour ago: the next write of that file deletes it, no other."""
+    path = tmp_path / "a shard.npy"
+    old, young, foreign = (tmp_path / f".{name}.tmp" for name in ("a shard.npy.1", "a shard.npy.2", "another.npy.1"))
+    for left, age in ((old, 3700), (young, 3500), (foreign, 3700)):
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - age,) * 2)
+    with atc.atomic_write(path) as file:
+        file.write(b"whole")
+    assert {*tmp_path.iterdir()} == {path, young, foreign}
+    assert path.read_bytes() == b"whole"

@@ -249,6 +249,9 @@ def test_an_existing_run_is_kept(tmp_path):
     path.write_bytes(before[:1000])
     done = run("pretrain_atc.py", *args, "--resume", cwd=tmp_path, code=1)
     assert str(Path("runs/pretrain_atc__0/checkpoint.pt")) in done.stderr and "--overwrite" in done.stderr
+    for bad in (("--data-dir", "nowhere"), ("--batch-size", 5000), ("--temperature", 0)):
+        run("pretrain_atc.py", *args, "--overwrite", *bad, cwd=tmp_path, code=1)
+        assert path.read_bytes() == before[:1000]  # nothing is deleted for a run that cannot begin
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

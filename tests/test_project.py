@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 
 import pytest
+import reliability
 import sync
 from conftest import ROOT, load
 
@@ -55,6 +56,21 @@ def test_commands_in_the_documentation_have_flags_that_exist():
                 known = load(script).Args.__dataclass_fields__
                 for flag in re.findall(r"--([a-z-]+)", flags):
                     assert flag.replace("-", "_") in known, f"{page.name}: {script} --{flag}"
+
+
+def test_reliability_tells_of_every_test_of_a_fault():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    for file in reliability.FILES.values():
+        for name, line in reliability.described(file).items():
+            assert re.search(rf"^\| {re.escape(line)} \| (\d+) of \1 \|$", page, re.MULTILINE), f"{file}: {name}"
+
+
+def test_performance_tells_of_every_benchmark():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    (parts,) = re.findall(r"for part in ([\w ]+);", (ROOT / "Makefile").read_text())
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "rainbow_learning"}
+    assert set(parts.split()) == files
+    assert all(f"`python benchmarks/{part}.py`" in page for part in files)
 
 
 def test_games_are_the_benchmarks():
