@@ -174,9 +174,8 @@ def main(_: list[str]) -> None:
         numbers = (10, 100, 1000)
         for shards in numbers:
             write_shards(Path(folder, f"{shards} of 10000"), shards, 10_000, holes=True)
-        ways = {str(n): partial(in_new_process, ["growth", f"{folder}/{n} of 10000"]) for n in numbers}
-        found = figures["growth"] = take_turns(ways)
-        rows = [[f"{int(n) * 10_000:,}", shown(of["megabytes"])] for n, of in found.items()]
+        found = figures["growth"] = {n: in_new_process(["growth", f"{folder}/{n} of 10000"]) for n in numbers}
+        rows = [[f"{n * 10_000:,}", f"{of['megabytes']:.1f}"] for n, of in found.items()]
         table("Memory that the loader takes, a batch of 25 MB included", ["rows", "MB"], rows)
     record("load", figures)
 

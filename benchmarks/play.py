@@ -16,7 +16,7 @@ import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 from common import begin, load, median, record, shown, start, table, take_turns
 
-EPISODES, STEPS, ROWS = 16, 500, 1_000
+EPISODES, STEPS, ROWS = 8, 500, 1_000
 
 
 def evaluation(module, game: str) -> dict[str, float]:

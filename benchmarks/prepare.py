@@ -49,44 +49,49 @@ def write_files(source: Path, folder: Path, frames: int) -> None:
             file.write(checksum.to_bytes(4, "little") + (size % 2**32).to_bytes(4, "little"))
 
 
-def ours(folder: str) -> dict[str, float]:
-    module = load("pretrain_atc")
+def ours(module, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
-        before, clock = peak_memory(), time.perf_counter()
-        module.prepare_shard(Path(cache), Path(folder), ROWS, GAME, 1, 1)
-        seconds = time.perf_counter() - clock
-    return {"seconds": seconds, "peak": peak_memory(), "own peak": peak_memory() - before}
+        clock = time.perf_counter()
+        module.prepare_shard(Path(cache), folder, ROWS, GAME, 1, 1)
+        return {"seconds": time.perf_counter() - clock}
 
 
-def plain(folder: str) -> dict[str, float]:
-    files = load("pretrain_atc").replay_layouts(Path(folder), GAME, 1, 1)[0]
-    before, clock = peak_memory(), time.perf_counter()
-    arrays = []
-    for path in files:
+def plain(module, folder: Path) -> dict[str, float]:
+    clock, arrays = time.perf_counter(), []
+    for path in module.replay_layouts(folder, GAME, 1, 1)[0]:
         with gzip.open(path) as file:
             arrays.append(np.load(file)[:ROWS])
-    seconds = time.perf_counter() - clock
-    return {"seconds": seconds, "peak": peak_memory(), "own peak": peak_memory() - before}
+    return {"seconds": time.perf_counter() - clock}
+
+
+def peak(way: str, folder: str) -> dict[str, float]:
+    """The peak of the memory in GB of a process that prepares once, and of what was added after its imports."""
+    module = load("pretrain_atc")
+    before = peak_memory()
+    {"ours": ours, "plain": plain}[way](module, Path(folder))
+    return {"GB": peak_memory(), "own GB": peak_memory() - before}
 
 
 def main(_: list[str]) -> None:
     begin(__doc__.partition("\n")[0])
-    rows, figures = [], {}
+    rows, figures, module = [], {}, load("pretrain_atc")
     with tempfile.TemporaryDirectory() as folder:
-        load("pretrain_atc").play_game(Path(folder, "played"), PLAYED, GAME)
+        module.play_game(Path(folder, "played"), PLAYED, GAME)
         for frames, target in ((200_000, 12), (1_000_000, 60)):
             data = Path(folder, str(frames))
             write_files(Path(folder, "played"), data, frames)
-            found = take_turns({way: partial(in_new_process, [way, str(data)]) for way in ("ours", "plain")})
-            figures[frames] = found
-            seconds, memory, own = ([of[name] for of in found.values()] for name in ("seconds", "peak", "own peak"))
+            found = take_turns({"ours": partial(ours, module, data), "plain": partial(plain, module, data)})
+            peaks = {way: in_new_process(["peak", way, str(data)]) for way in found}
+            figures[frames] = {"seconds": found, "memory": peaks}
+            seconds = [of["seconds"] for of in found.values()]
             ratio = f"{median(seconds[1]) / median(seconds[0]):.1f} (target {target})"
-            rows.append([f"{frames:,}", *map(shown, seconds), ratio, *map(shown, (*memory, *own))])
-    header = ["frames in the file", "ours, s", "plain, s", "plain / ours", "ours, peak GB", "plain, peak GB"]
-    header += ["ours, without the imports' (target 0.4)", "plain, without the imports'"]
+            memory = [f"{of['GB']:.2f}, {of['own GB']:.2f}" for of in peaks.values()]
+            rows.append([f"{frames:,}", *map(shown, seconds), ratio, *memory])
+    header = ["frames in the file", "ours, s", "plain, s", "plain / ours"]
+    header += ["ours, peak GB, and without the imports' (target 0.4)", "plain, peak GB, and without the imports'"]
     table("10,000 rows of a replay checkpoint", header, rows)
     record("prepare", figures)
 
 
 if __name__ == "__main__":
-    start([ours, plain], main)
+    start([peak], main)

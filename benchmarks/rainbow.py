@@ -27,10 +27,10 @@ from common import ALLOCATOR, ROOT, ROUNDS, begin, load, median, record, shown, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SEED = 0
-NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "200"]
+NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "100"]
 SETTINGS = {  # arguments of the script; timed are the agent steps from the second number to the third
-    "resnet": (["--game", "pong", "--learning-starts", "60", "--updates-per-step", "1"], 61, 66),
-    "nature": ([*NATURE, "--updates-per-step", "1"], 210, 310),
+    "resnet": (["--game", "pong", "--learning-starts", "20", "--updates-per-step", "1"], 21, 24),
+    "nature": ([*NATURE, "--updates-per-step", "1"], 105, 155),
 }
 
 
