@@ -170,8 +170,10 @@ def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
     """Ends the program if one of the arguments of these names is less or not finite; --max-grad-norm may be inf."""
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
-            if not least <= (value := getattr(args, name)) < 2**63 and (name, value) != ("max_grad_norm", math.inf):
-                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below 2**63.")
+            value = getattr(args, name)
+            limit = math.inf if isinstance(value, float) else 2**63
+            if not least <= value < limit and (name, value) != ("max_grad_norm", math.inf):
+                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below {limit}.")
 
 
 # === processes [shared] ===============================================================================================

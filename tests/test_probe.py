@@ -22,19 +22,25 @@ def checkpoint(alone):
     return find
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A --cache-dir of these tests' own: others count the shards in `cache`."""
+    return tmp_path_factory.mktemp("prepared")
+
+
 @pytest.fixture
-def args(cache):
+def args(cache, prepared):
     data = dict(data_dir=cache / "played_1000", runs=(1,), checkpoints=(1,), rows_per_checkpoint=990)
-    return probe.Args(**data, cache_dir=cache)
+    return probe.Args(**data, cache_dir=prepared)
 
 
-def test_as_a_user_runs_it(cache, checkpoint, tmp_path):
+def test_as_a_user_runs_it(cache, prepared, checkpoint, tmp_path):
     """A random backbone, of two methods a checkpoint each, and a file of the authors'; twice the same."""
     weights = torch.load(checkpoint("bc"), weights_only=True)["backbone"]
     torch.save({"backbone": {f"module.{name}": x for name, x in weights.items()}}, tmp_path / "theirs.pth")
     models = ("--models", checkpoint("atc"), checkpoint("mae"), "theirs.pth")
     quick = (*SMALL, "--epochs", 3, "--resamples", 50, "--rank-resamples", 10, "--precision", "fp32")
-    data = ("--games", *GAMES, "--data-dir", cache / "played_1000", "--cache-dir", cache, *DATA)
+    data = ("--games", *GAMES, "--data-dir", cache / "played_1000", "--cache-dir", prepared, *DATA)
     done = run("eval_probe.py", *models, *quick, *data, cwd=tmp_path)
     content = json.loads((tmp_path / "reports" / "probe.json").read_text())
     assert list(content["results"]) == ["random", "atc", "mae", "theirs"]
