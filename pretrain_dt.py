@@ -212,6 +212,14 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
         return np.frombuffer(content, dtype).reshape(count, *shape), total
 
 
+def content_key(file: Path) -> tuple[int, bytes]:
+    """A gzip file's size and last 8 bytes, its content's checksum and length: these change when the content does."""
+    with clear_errors(file, "Make it readable."), open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 8, 0))
+        return size, stream.read()
+
+
 def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: int, checkpoint: int) -> Path:
     """Makes, once, an .npy of ROWs of a replay checkpoint's first `rows` rows, padding left out; returns its path.
 
@@ -223,8 +231,7 @@ def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: in
     files = next((files for files in layouts if any(file.is_file() for file in files)), layouts[0])
     if missing := [str(file) for file in files if not file.is_file()]:
         raise SystemExit(f"Missing {', '.join(missing)}: download it, or ask for games, runs and checkpoints you have.")
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = zlib.crc32(repr(("shard/1", state, rows)).encode())  # of changed files, another
+    key = zlib.crc32(repr(("shard/2", [*map(content_key, files)], rows)).encode())  # of changed files, another
     path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
     if path.exists():
         return path

@@ -1,6 +1,7 @@
 """What the tests share: running a script as a user does, importing one, and a small replay played once."""
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,7 @@ SMALL = ("--width-multiplier", "0.125", "--blocks", "1", "1", "1", "1")  # a Res
 QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
 
 
+@functools.cache  # a second module of the name would keep what the first defines from being pickled
 def load(script: str):
     """The script as a module, imported as nobody would but a test."""
     spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)

@@ -126,6 +126,7 @@ def test_damaged_replay_files(field, place):
     content, shards = path.read_bytes(), []
 
     def prepare():
+        shutil.rmtree("fresh", ignore_errors=True)
         shards.append(atc.prepare_shard(Path("fresh"), Path("cache", "played_100"), rows, "pong", 1, 1))
 
     prepare()

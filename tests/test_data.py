@@ -371,6 +371,8 @@ def test_shards_are_kept_until_the_source_changes(atc, breakout, tmp_path):
     assert prepare() == before  # not written again
     assert prepare(rows=30)[2] == 30  # other rows, another shard
     assert prepare() == before
+    write(tmp_path, "Breakout", file)  # downloaded again, to the same content
+    assert prepare() == before
     write(tmp_path, "Breakout", [row._replace(action=5) for row in file])
     assert before[3] != 5
     assert prepare()[3] == 5

@@ -1,7 +1,6 @@
 """eval_iqm.py against rliable, exact enumeration and the golden scores, and as its user sees it."""
 
 import csv
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, load
 from PIL import Image
 from rliable import library, metrics
 
-SCRIPT = Path(__file__).parents[1] / "eval_iqm.py"
+SCRIPT = ROOT / "eval_iqm.py"
 GOLDEN = Path(__file__).parent / "golden" / "scores.csv"
 ORACLES = {
     "iqm": metrics.aggregate_iqm,
@@ -23,9 +23,7 @@ ORACLES = {
     "optimality_gap": metrics.aggregate_optimality_gap,
 }
 
-spec = importlib.util.spec_from_file_location("eval_iqm", SCRIPT)
-iqm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(iqm)
+iqm = load("eval_iqm.py")
 GAMES = sorted(set(iqm.SPLITS["all"]) - {"montezuma_revenge"})
 
 

@@ -110,11 +110,14 @@ DEFAULTS = {
     "spr": CONVOLUTIONAL | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4},
     "idm": CONVOLUTIONAL | {"learning_rate": 3e-4},
     "r3m": CONVOLUTIONAL | {"learning_rate": 3e-4, "temperature": 1.0, "future_offsets": (3, 6)},
-    "spr_idm": CONVOLUTIONAL | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4}
+    "spr_idm": CONVOLUTIONAL
+    | {"learning_rate": 3e-5, "batch_size": 128, "prediction_steps": 4}
     | {"spr_weight": 2.0, "idm_weight": 1.0},
-    "dt": CONVOLUTIONAL | {"learning_rate": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95), "batch_size": 64}
+    "dt": CONVOLUTIONAL
+    | {"learning_rate": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95), "batch_size": 64}
     | {"total_steps": 1_875_000, "context_steps": 8, "return_scale": 0.01},
-    "cql": CONVOLUTIONAL | {"learning_rate": 1e-4, "adam_eps": 1.5e-4, "loss": "distributional", "atoms": 51}
+    "cql": CONVOLUTIONAL
+    | {"learning_rate": 1e-4, "adam_eps": 1.5e-4, "loss": "distributional", "atoms": 51}
     | {"max_return": 10.0, "n_steps": 3, "discount": 0.99, "conservative_weight": 0.1},
 }
 
