@@ -45,6 +45,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 
 # === arguments ========================================================================================================
@@ -468,7 +469,8 @@ def draw_rows(results: dict, facts: dict, name: str, line: float, caption: str) 
                 continue
             value, low, high = row_of[method][name].values()
             panel.barh(y, value - line, left=line, color=colour_of[method])
-            panel.plot([low, high], [y, y], color="black", linewidth=1.2)
+            edge = withStroke(linewidth=2.4, foreground="white")  # also seen on a dark bar
+            panel.plot([low, high], [y, y], color="black", linewidth=1.2, path_effects=[edge])
             mark = "*" * (method in facts[suite][split]["marked"])
             panel.text(max(value, high, line), y, f" {value:.2f}{mark}", va="center", fontsize=7)
         panel.axvline(line, color="black", linewidth=0.8)
@@ -552,6 +554,8 @@ def report(args: Args) -> None:
     for name, figure in figures.items():
         with atomic_write(args.output_dir / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=150)
+    if not over:  # nor is there a figure of an earlier report
+        (args.output_dir / "improvement.png").unlink(missing_ok=True)
     print(f"{text}Written to {args.output_dir}: iqm.md, iqm.json, {', '.join(f'{name}.png' for name in figures)}")
 
 

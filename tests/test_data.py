@@ -5,9 +5,11 @@ stacks and returns come from what the loop kept in lists.
 """
 
 import gzip
+import mmap
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import ale_py
@@ -628,6 +630,38 @@ def test_ranks_share_the_batch_of_one_process(atc, monkeypatch, numbered, part, 
         assert same(batch, {name: np.concatenate([one[name] for one in parts]) for name in batch})
         if len(batch["action"]) == batch_size:
             assert {len(one["action"]) for one in parts} == {batch_size // world_size}
+
+
+def test_pages_are_read_as_they_are_needed(atc, numbered):
+    """Mapped files are marked as read at random: else of what is not in RAM many times what is needed would be read."""
+    atc.Windows(numbered, 7, 64, 0, "train")
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for _, path in numbered:
+        marks = [re.search("VmFlags: (.*)", mapping)[1].split() for mapping in mappings if str(path) in mapping]
+        assert marks and all("rr" in of for of in marks)
+
+
+def test_windows_are_asked_for_while_they_come_from_the_disk(atc, numbered, monkeypatch):
+    """All of a batch, each whole; not after a batch that was in RAM."""
+    map_shard, asked = atc.map_shard, []
+
+    def spied(path: Path) -> SimpleNamespace:
+        base = SimpleNamespace(madvise=lambda *advice: asked.append((path, *advice)))
+        return SimpleNamespace(offset=map_shard(path).offset, base=base)
+
+    data = atc.Windows(numbered, 7, 64, 0, "train")
+    monkeypatch.setattr(atc, "map_shard", spied)
+    blocks = iter([0, 8, 8, 8, 8, 16, 16, 16])  # read by the process so far, before and after each of four batches
+    monkeypatch.setattr(atc.resource, "getrusage", lambda _: SimpleNamespace(ru_inblock=next(blocks)))
+    for is_cold in (True, True, False, True):
+        asked.clear()
+        batch = data[0]
+        assert len(asked) == 64 * is_cold
+        for window, (path, advice, start, length) in zip(batch["frames"], asked, strict=is_cold):
+            assert advice == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0 and length <= 7 * 7064 + mmap.PAGESIZE
+            content = path.read_bytes()[start : start + length]
+            assert all(frame.tobytes() in content for frame in window)
 
 
 # Replay that the script plays itself.

@@ -607,6 +607,7 @@ def test_improvement_over_random_or_another(tmp_path):
     assert [row[m].get("improvement", {}).get("value") for m in ("random", "curl", "atc")] == [0, None, 0]
     row = report(tmp_path, "--csv", "x.csv", "--methods", "curl", "atc")["results"]["bc"]["all"]
     assert not any("improvement" in of for of in row.values())  # random is not shown
+    assert not (tmp_path / "reports" / "improvement.png").exists()
 
 
 def test_improvement_over_nobody_is_an_error(tmp_path):
