@@ -6,7 +6,8 @@
 """Scores of Atari-PB (arXiv 2406.06037): IQM, performance profiles and more, with 95% bootstrap confidence intervals.
 
 A raw score s of a game becomes x = (s - low) / (high - low), where low and high are the lesser and the greater of a
-random agent's score and the reference's, a DQN's. The n scores x of a split's games and seeds give (2108.13264):
+random agent's score and the reference's, a DQN's (far-OOD: a Rainbow's). The n scores x of a split's games and seeds
+give (2108.13264):
 
     IQM             the interquartile mean: of what is left of the n without the int(n/4) least and greatest
     median, mean    over the games, of each game's mean over its seeds
@@ -25,7 +26,8 @@ independently. For a profile these percentiles are known without drawing: those 
     python eval_iqm.py --csv scores.csv                       # anybody's, with columns suite, method, game, seed, score
 
 Prints a table for each suite (bc, rainbow, zeroshot, ...) and split, in it the paper's methods in its groups, by what
-they learn from, and after them all others. Writes reports/iqm.md, iqm.json, iqm.png, profiles.png and improvement.png.
+they learn from, and after them all others. Writes reports/iqm.md, iqm.json, iqm.png, profiles.png and, where there is
+a method to compare the others with, improvement.png.
 """
 
 import csv

@@ -18,7 +18,7 @@ x is the ResNet-50's map averaged over its cells, standardised for the probes: w
 takes. The benchmark's own monitor took the neck's features: --features neck.
 
     python eval_probe.py --models runs/pretrain_atc__0/checkpoint.pt runs/pretrain_mae__0/checkpoint.pt
-    python eval_probe.py --models runs/*/checkpoint.pt --data-dir /data/dqn_replay
+    python eval_probe.py --models runs/pretrain_*/checkpoint.pt --data-dir /data/dqn_replay
 
 Give it the games and the data of the pre-training. Prints a table; writes reports/probe.md, probe.json and probe.png.
 """

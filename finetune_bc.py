@@ -58,7 +58,7 @@ class Args:
     game: str  # to fine-tune on, as ms_pacman or MsPacman: one of the benchmark's 65
     checkpoint: Path | None = None  # of a pretrain_*.py run, or the original authors' .pth; none: a random backbone
     freeze_backbone: bool = True  # train neck and head only
-    method: str = ""  # name in the results; none given: the checkpoint's objective, "random" or "e2e"
+    method: str = ""  # name in the results; none given: [objective], [objective]_e2e, random or e2e
     epochs: int = 100  # passes over the data
     batch_size: int = 512  # samples of a step; an epoch's last batch has those that are left
     learning_rate: float = 1e-3  # AdamW's, after the warm-up

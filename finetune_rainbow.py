@@ -63,7 +63,7 @@ class Args:
     game: str  # to fine-tune on, as ms_pacman or MsPacman: one of the benchmark's 65
     checkpoint: Path | None = None  # of a pretrain_*.py run, or the original authors' .pth; none: a random backbone
     freeze_backbone: bool = True  # train neck and head only; the Nature CNN always learns
-    method: str = ""  # name in the results; none given: the checkpoint's objective, "random", "e2e" or "nature"
+    method: str = ""  # name in the results; none given: [objective], [objective]_e2e, random, e2e or nature
     total_steps: int = 50_000  # agent steps of training, each an action and 4 frames
     learning_starts: int = 2_000  # agent steps at random before the first update
     updates_per_step: float = 2.0  # updates for each agent step from then on; 0.25: one every fourth
@@ -772,7 +772,7 @@ class Replay:
             raise ValueError(f"{self.path} is missing, damaged or of another run")
 
     def export(self, first: int, most: float, files: list[Path]) -> None:
-        """Writes the rows from `first` on, but at most so many, as DQN Replay has them: padding rows, raw rewards."""
+        """Writes the rows from `first` on, but at most so many, with DQN Replay's padding rows; rewards are raw."""
         slots = np.arange(first, self.rows) % self.size
         padding = np.repeat(np.flatnonzero(self.fields["starts"][slots]), PADDING)
         slots = np.insert(slots, padding, -1)[: int(min(most, len(slots) + len(padding)))]  # -1: a blank row

@@ -1,6 +1,6 @@
 """Runs the tests of faults and prints what they show, as docs/reliability.md has it.
 
-    python tests/reliability.py        about ten minutes on 2 cores
+    python tests/reliability.py        less than ten minutes on 2 cores
 
 A row is a test: its first line in the source, "what goes wrong: what happens", and how many cases of it have passed.
 """
