@@ -48,7 +48,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
+from tqdm.contrib.concurrent import thread_map
 
 
 # === arguments ========================================================================================================
@@ -289,15 +289,16 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
         if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
             raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
     check_writable(args.cache_dir)
-    pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
+    # Threads are enough: what takes the time, in ALE, zlib and NumPy, goes on side by side.
+    pool = dict(max_workers=min(8, os.cpu_count()), leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
+        thread_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
+    paths = thread_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
     return list(zip(game_ids, paths, strict=True))
 
@@ -320,7 +321,8 @@ class Windows(Dataset):
 
     Every epoch takes all windows in a new order. `part` is "train", "held_out" (each shard's last 1% of windows, which
     share no row with training windows) or "all". A batch is a dict of arrays: frames uint8 [b, length, 84, 84]; starts,
-    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE.
+    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE, or less at the end of
+    an epoch of "all".
     """
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
@@ -584,7 +586,9 @@ def extract(network: Network, samples: Samples, device: torch.device, precision:
             with precision:
                 features.append(network(stacks / 255, batch["game_id"]).float())
             bar.update(len(stacks))
-    return torch.cat(features)
+    if not (features := torch.cat(features)).isfinite().all():
+        raise SystemExit(f"{network.name} has features that are not finite: leave its checkpoint out.")
+    return features
 
 
 # === measures =========================================================================================================

@@ -396,7 +396,7 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
 def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
     """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
-    Ends the program with an error if result or run had other arguments.
+    Ends the program with an error if result or run had other arguments, those in FREE_ARGS aside.
     """
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
@@ -482,6 +482,8 @@ class Policy:
             logits = self.head(x, game_id).float()  # [n, 18], for C51 [n, 18 * atoms]
         if self.objective == "cql":
             logits = (logits.unflatten(1, (18, -1)).softmax(2) * self.support).sum(2)  # Q [n, 18]
+        if not logits.isfinite().all():
+            raise SystemExit(f"{self.path} predicts what is not finite: choose another checkpoint.")
         return logits[:, : self.num_actions].argmax(1).cpu().numpy()
 
     def recall(self, maps: torch.Tensor, game_id: torch.Tensor, *last: np.ndarray) -> torch.Tensor:

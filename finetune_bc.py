@@ -19,6 +19,7 @@ can be started again as it is. `eval_iqm.py` makes the table of all results.
 """
 
 import atexit
+import fcntl
 import gzip
 import json
 import math
@@ -26,7 +27,6 @@ import mmap
 import os
 import platform
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -49,7 +49,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
+from tqdm.contrib.concurrent import thread_map
 
 
 # === arguments ========================================================================================================
@@ -334,15 +334,16 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
         if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
             raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
     check_writable(args.cache_dir)
-    pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
+    # Threads are enough: what takes the time, in ALE, zlib and NumPy, goes on side by side.
+    pool = dict(max_workers=min(8, os.cpu_count()), leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
+        thread_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
+    paths = thread_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
     return list(zip(game_ids, paths, strict=True))
 
@@ -365,7 +366,8 @@ class Windows(Dataset):
 
     Every epoch takes all windows in a new order. `part` is "train", "held_out" (each shard's last 1% of windows, which
     share no row with training windows) or "all". A batch is a dict of arrays: frames uint8 [b, length, 84, 84]; starts,
-    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE.
+    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE, or less at the end of
+    an epoch of "all".
     """
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
@@ -622,6 +624,25 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)
 
 
+# === run folders [shared] =============================================================================================
+def hold(folder: Path) -> None:
+    """Makes a folder and locks it for as long as this process lives; ends the program if another process has it."""
+    with clear_errors(folder, "Choose another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Those that a run has made there, but for the lock and what is still being written."""
+    return [path for path in folder.glob("[!.]*") if path.is_file()]
+
+
 # === logging [shared] =================================================================================================
 def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
     """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
@@ -638,7 +659,7 @@ def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
 def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
     """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
-    Ends the program with an error if result or run had other arguments.
+    Ends the program with an error if result or run had other arguments, those in FREE_ARGS aside.
     """
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
@@ -699,6 +720,8 @@ def finetune(args: Args) -> None:
     if not all(0 <= beta < 1 for beta in args.betas) or args.epsilon > 1:
         raise SystemExit("--betas must be at least 0 and below 1, --epsilon at most 1.")
     game, device = parse_game(args.game), find_device(args.device)
+    if args.data_dir:
+        args.play_rows = 0  # by which results of a smoke test are told from these
     torch.manual_seed(args.seed)
     backbone, method = make_backbone(args)
     result, run_dir, plain_args = find_run(args, "bc", method, game)
@@ -721,8 +744,10 @@ def finetune(args: Args) -> None:
     optimizer = torch.optim.AdamW(parameters, **adam, fused=True)
     precision = autocast(device, args.precision)
 
-    # An unfinished run of the same arguments starts afresh.
-    shutil.rmtree(run_dir, ignore_errors=True)
+    # An unfinished run of the same arguments starts afresh; if it is cut off, what there was before does not count.
+    hold(run_dir)
+    for path in [*files_of(run_dir), *run_dir.glob(".*.tmp"), result]:
+        path.unlink(missing_ok=True)
     writer = open_writer(run_dir, plain_args, 0)
     print(f"{game}: {method}, seed {args.seed}, on {data.size:,} transitions; run: {run_dir}", flush=True)
 

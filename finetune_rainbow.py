@@ -445,6 +445,25 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)
 
 
+# === run folders [shared] =============================================================================================
+def hold(folder: Path) -> None:
+    """Makes a folder and locks it for as long as this process lives; ends the program if another process has it."""
+    with clear_errors(folder, "Choose another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Those that a run has made there, but for the lock and what is still being written."""
+    return [path for path in folder.glob("[!.]*") if path.is_file()]
+
+
 # === logging [shared] =================================================================================================
 def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
     """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
@@ -461,7 +480,7 @@ def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
 def find_run(args, suite: str, method: str, game: str) -> tuple[Path | None, Path, dict]:
     """Paths of the result, None if it is there already, and of the run's folder, and the arguments in plain types.
 
-    Ends the program with an error if result or run had other arguments.
+    Ends the program with an error if result or run had other arguments, those in FREE_ARGS aside.
     """
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is one process: run it without torchrun, many of them for many games.")
@@ -863,23 +882,17 @@ def check(args: Args) -> None:
         check_writable(folder)
 
 
-def hold(folder: Path, owner: list[str] | None = None) -> None:
-    """Makes and locks a folder for as long as this process lives; for an owner, marks it as that one's for good.
-
-    Ends the program if another process holds it, or if it is marked as another's or has files, but no mark.
-    """
+def own(folder: Path, owner: list[str]) -> None:
+    """Holds a folder and marks it as an owner's for good; an error if it is another's, or has files, but no mark."""
+    hold(folder)
     mark = folder / "run.json"
-    with clear_errors(
-        folder, "Wait for the run that has it, or choose another --method, --replay-dir or --save-replay."
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed
-        if owner and mark.exists():
+    with clear_errors(folder, "Choose another --replay-dir or --save-replay."):
+        if mark.exists():
             if (found := json.loads(mark.read_text())) != owner:
                 raise ValueError(f"it belongs to {found}")
-        elif owner:
-            if others := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
-                raise ValueError(f"it has files already, such as {others[0]}")
+        elif others := [path.name for path in folder.glob("[!.]*")]:
+            raise ValueError(f"it has files already, such as {others[0]}")
+        else:
             with atomic_write(mark) as file:
                 file.write(json.dumps(owner).encode())
 
@@ -902,7 +915,7 @@ def finetune(args: Args) -> None:
 
     hold(run_dir)
     if args.replay_dir:
-        hold(replay_dir, owner)
+        own(replay_dir, owner)
     for leftover in run_dir.glob(".*.tmp"):  # what was being written as the run was killed
         leftover.unlink()
     if result is None:  # and killed as it tidied up
@@ -914,7 +927,7 @@ def finetune(args: Args) -> None:
         for first in range(0, args.total_steps, every):
             files = replay_layouts(args.save_replay, game, args.seed, first // every + 1)[0]
             exports[first + min(rows, every)] = first, rows, files
-        hold(files[0].parent, owner)
+        own(files[0].parent, owner)
 
     # The environment, the networks and the optimizer.
     env = Environment(args, game)
@@ -954,7 +967,7 @@ def finetune(args: Args) -> None:
             step, updates = content["step"], content["updates"]
             del content  # half a gigabyte, if the backbone learns
     else:
-        for path in [*filter(Path.is_file, run_dir.iterdir()), frames]:  # a folder in it is not of the run
+        for path in [*files_of(run_dir), frames, result]:  # if this is cut off, the old result does not count
             path.unlink(missing_ok=True)
         replay = Replay(args, frames)
         save_checkpoint()
@@ -1038,7 +1051,8 @@ def finetune(args: Args) -> None:
             save_checkpoint()
         if stops:
             bar.close()
-            raise SystemExit(f"Stopped by a signal after step {step}. To go on: the same command again")
+            again = ", but without --overwrite" if args.overwrite else ""
+            raise SystemExit(f"Stopped by a signal after step {step}. To go on: the same command again{again}")
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -20,13 +20,13 @@ over the samples whose future lies in the same episode; the keys of the others s
 
 import atexit
 import copy
+import fcntl
 import gzip
 import json
 import math
 import mmap
 import os
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
+from tqdm.contrib.concurrent import thread_map
 
 
 # === arguments ========================================================================================================
@@ -298,15 +298,16 @@ def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
         if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
             raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
     check_writable(args.cache_dir)
-    pool = dict(max_workers=min(8, os.cpu_count()), chunksize=1, leave=False, disable=LOCAL_RANK > 0)
+    # Threads are enough: what takes the time, in ALE, zlib and NumPy, goes on side by side.
+    pool = dict(max_workers=min(8, os.cpu_count()), leave=False, disable=LOCAL_RANK > 0)
     if data_dir is None:
         data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
         if LOCAL_RANK == 0:
             print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        process_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
+        thread_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
     jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
     make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = process_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
+    paths = thread_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
     game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
     return list(zip(game_ids, paths, strict=True))
 
@@ -329,7 +330,8 @@ class Windows(Dataset):
 
     Every epoch takes all windows in a new order. `part` is "train", "held_out" (each shard's last 1% of windows, which
     share no row with training windows) or "all". A batch is a dict of arrays: frames uint8 [b, length, 84, 84]; starts,
-    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE.
+    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE, or less at the end of
+    an epoch of "all".
     """
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
@@ -624,6 +626,25 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
         return content["step"]
 
 
+# === run folders [shared] =============================================================================================
+def hold(folder: Path) -> None:
+    """Makes a folder and locks it for as long as this process lives; ends the program if another process has it."""
+    with clear_errors(folder, "Choose another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Those that a run has made there, but for the lock and what is still being written."""
+    return [path for path in folder.glob("[!.]*") if path.is_file()]
+
+
 # === logging [shared] =================================================================================================
 def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
     """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
@@ -675,15 +696,21 @@ def train(args: Args) -> None:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be shared among {WORLD_SIZE} processes.")
     if args.run_name != Path(args.run_name).name or args.run_name == "..":
         raise SystemExit(f"--run-name must be the plain name of a folder, not {args.run_name}.")
+    if args.resume and args.overwrite:
+        raise SystemExit("--resume goes on with a run, --overwrite deletes it: choose one of them.")
     args.games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES
+    if unknown := [game for game in args.games if game not in TABLE_GAMES]:
+        raise SystemExit(f"--games {' '.join(unknown)}: far-OOD games are only for fine-tuning. Leave them out.")
     run_dir = Path("runs") / (args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
     device = find_device(args.device)
     torch.manual_seed(args.seed)
     objective = Objective(args)  # which checks its arguments, before anything is made
     check_writable(run_dir)
-    if RANK == 0 and run_dir.exists() and not (args.resume or args.overwrite):
-        raise SystemExit(f"{run_dir} exists. Continue it with --resume, or choose --overwrite or another --run-name.")
+    exists = f"{run_dir} exists. Go on with --resume, or choose --overwrite or another --run-name."
+    is_new = not (args.resume or args.overwrite)
+    if RANK == 0 and is_new and files_of(run_dir):
+        raise SystemExit(exists)
 
     # Processes and data. The first process of a machine prepares the data, the others then find it in the cache.
     if WORLD_SIZE > 1:
@@ -693,10 +720,13 @@ def train(args: Args) -> None:
     shards = prepare(args, args.games, args.rows_per_checkpoint)
     data = Windows(shards, objective.length, args.batch_size, args.seed, "train")
     held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
-    if RANK == 0 and args.overwrite:  # now that nothing else is missing
-        shutil.rmtree(run_dir, ignore_errors=True)
-    for leftover in run_dir.glob(".*.tmp") if RANK == 0 else ():  # what was being written as the run was killed
-        leftover.unlink()
+    if RANK == 0:
+        hold(run_dir)
+        if is_new and files_of(run_dir):  # of a run that has begun meanwhile
+            raise SystemExit(exists)
+        old = files_of(run_dir) if args.overwrite else []  # to be deleted now that nothing is missing for the new run
+        for path in [*old, *run_dir.glob(".*.tmp")]:  # and what was being written as a run was killed
+            path.unlink()
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
@@ -719,7 +749,7 @@ def train(args: Args) -> None:
     optimizer = torch.optim.AdamW(parameters, **adam, fused=True)
     plain_args, start = json.loads(json.dumps(asdict(args) | {"samples": data.size}, default=str)), 0
     torch.manual_seed(args.seed)
-    if checkpoint.exists():
+    if args.resume and checkpoint.exists():
         start = load_checkpoint(checkpoint, objective, optimizer, plain_args)
     steps = range(start, args.total_steps)
     stops, signals = (signal.SIGINT, signal.SIGTERM), []  # what asks to stop, and what has come of it
@@ -786,8 +816,10 @@ def train(args: Args) -> None:
                 writer.flush()  # before the checkpoint: what it goes on from is charted
             if last or stop or done % args.save_every == 0:
                 save_checkpoint(checkpoint, objective, optimizer, done, plain_args)
-        if stop:
+        if stop and not last:
             bar.close()
+            if WORLD_SIZE > 1:  # torchrun gives the others little time once one has ended
+                dist.barrier()
             raise SystemExit(f"Stopped by a signal after step {done}. To go on: --resume")
         recent, clock = [], time.perf_counter()
 

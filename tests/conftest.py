@@ -18,7 +18,7 @@ SMALL = ("--width-multiplier", "0.125", "--blocks", "1", "1", "1", "1")  # a Res
 QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
 
 
-@functools.cache  # a second module of the name would keep what the first defines from being pickled
+@functools.cache
 def load(script: str):
     """The script as a module, imported as nobody would but a test."""
     spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)

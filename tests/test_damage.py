@@ -249,7 +249,7 @@ def rainbow_place(cut_off, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", ["checkpoint.pt", "frames.bin"])
 def test_damaged_files_of_rainbow(name, rainbow_place, monkeypatch):
     """A Rainbow's checkpoint or frames are cut short: always an error; a bit of the last frames flipped: an error."""
-    monkeypatch.setattr(rainbow, "hold", lambda folder, owner=None: None)
+    monkeypatch.setattr(rainbow, "hold", lambda folder: None)
     monkeypatch.setattr(rainbow, "open_writer", lambda *_: (_ for _ in ()).throw(GoesOnError))
     path, args = RUN / name, rainbow.tyro.cli(rainbow.Args, args=[*map(str, RAINBOW)])
     env = rainbow.Environment(args, "pong")  # a single one: to make it takes the most time

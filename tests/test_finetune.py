@@ -84,6 +84,8 @@ def test_what_is_done_is_skipped_and_the_seed_decides(tmp_path):
     assert "is there already" in done.stdout and path.stat().st_mtime_ns == before
     done = run("finetune_bc.py", *args, "--learning-rate", 0.5, cwd=tmp_path, code=1)
     assert "was made with {'learning_rate': 0.001}" in done.stderr
+    done = run("finetune_bc.py", *args, "--data-dir", "data", cwd=tmp_path, code=1)  # that was random play
+    assert "was made with {'play_rows': 150}" in done.stderr
     run("finetune_bc.py", *args, "--overwrite", cwd=tmp_path)
     assert path.stat().st_mtime_ns > before
     assert_equal(torch.load(policy, weights_only=True), saved)

@@ -82,7 +82,7 @@ def replay(folder: Path, number: int, game: str = "Pong") -> dict[str, torch.Ten
     """A replay checkpoint as numpy reads it. No other file is there."""
     logs = folder / "data" / game / "0" / "replay_logs"
     files = {f"$store$_{field}_ckpt.{i}.gz" for field in FIELDS for i in (1, 2)}
-    assert {path.name for path in logs.iterdir()} == files | {"run.json"}
+    assert {path.name for path in logs.glob("[!.]*")} == files | {"run.json"}
     content = {}
     for field in FIELDS:
         with gzip.open(logs / f"$store$_{field}_ckpt.{number}.gz") as file:
@@ -104,7 +104,7 @@ def test_from_a_checkpoint(pretrained, tmp_path):
     assert found["versions"]["torch"] == torch.__version__
 
     run_dir = tmp_path / "runs" / "finetune_rainbow__atc__pong__0"
-    left = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
+    left = {path.name for path in run_dir.glob("[!.]*") if not path.name.startswith("events")}
     assert left == {"args.json", "policy.pt", "episode.gif"}  # the checkpoint and the frames are gone
     logged = scalars(run_dir)
     losses = {f"losses/{name}" for name in ("loss", "grad_norm", "q", "target_q")}
@@ -182,13 +182,13 @@ def test_cut_off_and_continued_equals_left_alone(method, tmp_path):
 def test_what_is_done_is_kept_until_overwrite(saved, tmp_path):
     """The same command does nothing; other arguments, or another run that would write the same replay, are refused."""
     run(SCRIPT, *SAVED, cwd=tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
     assert "is there already" in run(SCRIPT, *SAVED, cwd=tmp_path).stdout
     done = run(SCRIPT, *SAVED, "--batch-size", 4, cwd=tmp_path, code=1)
     assert "seed0.json was made with {'batch_size': 8}" in done.stderr
     done = run(SCRIPT, *SAVED, "--method", "mine", cwd=tmp_path, code=1)
     assert "data/Pong/0/replay_logs cannot be used" in done.stderr and "it belongs to ['pong', " in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()} == before
 
     run(SCRIPT, *SAVED, "--overwrite", cwd=tmp_path)
     again, first = result(tmp_path, "nature"), result(saved, "nature")
@@ -239,7 +239,7 @@ def test_saving_a_replay_after_a_kill_and_on_a_full_disk(saved, tmp_path):
     logs = Path("data") / "Pong" / "0" / "replay_logs"
     process = start_limited(5000, *args, "--log-every", 100, cwd=tmp_path)
     fails(process, f"{logs}/$store$_observation_ckpt.2.gz cannot be written")
-    assert len([*(tmp_path / logs).iterdir()]) == 4 + 1  # the first checkpoint's, and whose they are
+    assert len([*(tmp_path / logs).glob("[!.]*")]) == 4 + 1  # the first checkpoint's, and whose they are
     run(SCRIPT, *args, cwd=tmp_path)
     for number in (1, 2):
         assert_equal(replay(tmp_path, number), replay(saved, number))
@@ -255,6 +255,19 @@ def test_killed_before_a_checkpoint(saved, tmp_path):
     assert_equal(policy(tmp_path), policy(saved))
 
 
+def test_what_is_made_again_can_be_cut_off(tmp_path):
+    """From when a run is made again, the old result does not count: the same command without --overwrite goes on."""
+    run(SCRIPT, *NATURE, cwd=tmp_path)
+    first, learned = result(tmp_path, "nature"), policy(tmp_path)
+    again = (*NATURE, "--overwrite")
+    fails(cut_off(signal.SIGTERM, 45, *again, cwd=tmp_path), "the same command again, but without --overwrite")
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert 45 <= checkpoint(run_dir)["step"] < 120 and not [*tmp_path.glob("results/**/*.json")]
+    assert "from step 0 " not in run(SCRIPT, *NATURE, cwd=tmp_path).stdout
+    assert result(tmp_path, "nature") == first
+    assert_equal(policy(tmp_path), learned)
+
+
 def test_one_process_at_a_time(tmp_path):
     """Has a run's folder and that of its frames. What another program has in such a folder is kept, too."""
     args = (*NATURE, "--total-steps", 100_000, "--replay-dir", "disk")
@@ -262,8 +275,7 @@ def test_one_process_at_a_time(tmp_path):
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     for options, name in (((), "runs/finetune_rainbow__nature__pong__0"), (("--method", "mine"), "disk")):
         done = run(SCRIPT, *args, *options, cwd=tmp_path, code=1)
-        assert f"{name} cannot be used (BlockingIOError" in done.stderr
-        assert "Wait for the run that has it" in done.stderr
+        assert f"{name} is in use by another process" in done.stderr
     process.kill()  # which it has not been until now
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
@@ -278,7 +290,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_no_room_for_the_frames(tmp_path):
     fails(start_limited(500_000, *QUICK, cwd=tmp_path), "frames.bin cannot be written")  # 60 + 3 + 10,000 of them
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("[!.]*") if path.is_file()]
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -300,7 +312,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     assert not (tmp_path / "results").exists()
     run(SCRIPT, *args, cwd=tmp_path)
     assert result(tmp_path, "nature")["args"]["replay_dir"] == "disk"
-    assert not [*frames.parent.iterdir()]  # another run may have it now
+    assert not [*frames.parent.glob("[!.]*")]  # another run may have it now
 
 
 def test_policy_is_the_target_network(tmp_path):

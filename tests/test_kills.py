@@ -113,7 +113,7 @@ def kill_at_write(number: int, process: subprocess.Popen, folder: Path) -> bool:
 
 def files(folder: Path) -> dict[str, Path]:
     """Of all files by their final names, apart from TensorBoard's; a shard's name without the key of its origin."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("events.")]
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("events.", ".lock"))]
     names = {path: str(path.relative_to(folder)) for path in paths if not path.match(TEMPORARY)}
     assert len(names) == len({re.sub(r"_[0-9a-f]{8}\.npy$", ".npy", name) for name in names.values()}), names
     return {re.sub(r"_[0-9a-f]{8}\.npy$", ".npy", name): path for path, name in names.items()}
@@ -236,6 +236,34 @@ def test_killed_between_the_result_and_the_end(undisturbed, tmp_path):
     process = begin(folder, ROOT / "finetune_rainbow.py", *COMMANDS["finetune_rainbow.py"])
     assert process.wait(120) == 0 and "is there already" in printed(folder)
     assert not [*folder.glob("runs/*/checkpoint.pt")] and not [*folder.glob("runs/*/frames.bin")]
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5, 1])
+def test_killed_alone_while_preparing(seconds, tmp_path):
+    """SIGKILL to a script alone, not to what it may have started, while it plays or prepares: nothing stays behind."""
+    folder = tmp_path / "run"
+    process = begin(folder, ROOT / "pretrain_atc.py", *ATC, "--play-rows", 3000, "--total-steps", 1)
+    wait_until(lambda: "playing" in printed(folder), process, folder)
+    time.sleep(seconds)
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL and not [*folder.glob("runs/*/checkpoint.pt")]
+    time.sleep(0.5)
+    assert not alive(folder)
+
+
+@pytest.mark.parametrize("script", ["pretrain_atc.py", "finetune_bc.py"])
+def test_two_runs_of_one_name(script, tmp_path):
+    """The same command twice at the same moment, by mistake: one ends with a line, the other as if it were alone."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    command = [ROOT / script, *(value for value in COMMANDS[script] if value != "--resume")]
+    assert begin(other, *command).wait(120) == 0, printed(other)
+    one = begin(folder, *command)
+    folder.with_suffix(".log").rename(tmp_path / "one.log")
+    two = begin(folder, *command)
+    codes, text = [one.wait(120), two.wait(120)], (tmp_path / "one.log").read_text() + printed(folder)
+    if "is there already" not in text:  # a fine-tuning may have ended before the other looks for its result
+        assert sorted(codes) == [0, 1] and re.search("is in use by another process|exists. Go on with", text), text
+    check_equal(folder, other)
 
 
 # === one of two processes dies ========================================================================================

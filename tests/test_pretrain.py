@@ -249,9 +249,14 @@ def test_an_existing_run_is_kept(tmp_path):
     path.write_bytes(before[:1000])
     done = run("pretrain_atc.py", *args, "--resume", cwd=tmp_path, code=1)
     assert str(Path("runs/pretrain_atc__0/checkpoint.pt")) in done.stderr and "--overwrite" in done.stderr
-    for bad in (("--data-dir", "nowhere"), ("--batch-size", 5000), ("--temperature", 0)):
+    for bad in (("--data-dir", "nowhere"), ("--batch-size", 5000), ("--temperature", 0), ("--resume",)):
         run("pretrain_atc.py", *args, "--overwrite", *bad, cwd=tmp_path, code=1)
         assert path.read_bytes() == before[:1000]  # nothing is deleted for a run that cannot begin
+
+    path.parent.rename(tmp_path / "disk")
+    path.parent.symlink_to(tmp_path / "disk")
+    run("pretrain_atc.py", *args, "--overwrite", cwd=tmp_path)
+    assert checkpoint(path.parent)["step"] == 2 and [*scalars(path.parent)["losses/loss"]] == [1, 2]
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -279,6 +284,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         (["--cache-dir", "/dev/null"], 1, "cannot be written"),
         (["--games", "pongg"], 1, "Unknown game 'pongg'"),
         (["--batch-size", "5000"], 1, "lower --batch-size"),
+        (["--games", "klax", "pong"], 1, "--games klax: far-OOD games"),
         (["--data-dir", "nowhere"], 1, "nowhere/Pong"),
     ],
 )

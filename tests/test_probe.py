@@ -277,6 +277,7 @@ def test_intervals_of_means():
     [
         (["--models", "missing.pt"], "missing.pt cannot be used"),
         (["--models", "ATC", "ATC"], "two of one name"),
+        (["--models", "nan.pth"], "nan has features that are not finite"),
         (["--models", "MAE", "--features", "neck"], "checkpoint.pt has no spatial-MLP neck: --features backbone"),
         (["--models", "ATC", "--width-multiplier", 0.25], "--width-multiplier and --blocks"),
         (["--games", "klax", "pong"], "--games klax: far-OOD games"),
@@ -289,6 +290,10 @@ def test_intervals_of_means():
 )
 def test_bad_input(flags, message, args, checkpoint, tmp_path):
     flags = [checkpoint(flag.lower()) if flag in ("ATC", "MAE") else flag for flag in flags]
+    if "nan.pth" in flags:
+        weights = torch.load(checkpoint("atc"), weights_only=True)["backbone"]
+        weights["conv1.weight"][0] = math.nan
+        torch.save({"backbone": weights}, tmp_path / "nan.pth")
     data = ("--games", "pong", "--data-dir", args.data_dir, "--cache-dir", args.cache_dir, *DATA)
     done = run("eval_probe.py", *SMALL, *data, *flags, cwd=tmp_path, code=1)
     assert message in done.stderr

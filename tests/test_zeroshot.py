@@ -137,6 +137,9 @@ def test_bad_input(checkpoint, tmp_path):
     dt = torch.load(checkpoint("dt"), weights_only=True)
     dt["neck"]["largest_return"].fill_(-math.inf)
     torch.save(dt, tmp_path / "unseen.pt")
+    nan = torch.load(checkpoint("bc"), weights_only=True)
+    nan["backbone"]["conv1.weight"][0] = math.nan
+    torch.save(nan, tmp_path / "nan.pt")
     (tmp_path / "damaged.pt").write_bytes(checkpoint("bc").read_bytes()[:5000])
     bc = ("--checkpoint", checkpoint("bc"))
     for args, code, message in [
@@ -145,6 +148,7 @@ def test_bad_input(checkpoint, tmp_path):
         (["--checkpoint", "damaged.pt"], 1, "damaged.pt cannot be used"),
         (["--checkpoint", checkpoint("atc")], 1, "atc learns no policy"),
         (["--checkpoint", "unseen.pt"], 1, "unseen.pt has seen nothing of pong"),
+        (["--checkpoint", "nan.pt"], 1, "nan.pt predicts what is not finite"),
         ([*bc, "--games", "pong", "alien"], 1, "was pre-trained on pong, freeway, not alien"),
         ([*bc, "--games", "chess"], 1, "Unknown game 'chess'"),
         ([*bc, "--epsilon", 1.5], 1, "--epsilon must be at most 1"),
