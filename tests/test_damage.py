@@ -311,10 +311,10 @@ def test_damaged_file_as_a_user_meets_it(what, place, cut_off, result):
         RESULT.write_bytes(result)
         path, offset, command = RESULT, 0, ("eval_iqm.py", "--resamples", 5)
     flip_in(path, offset, bit=3)
-    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("[!.]*") if file.is_file()}
     done = run(*command, cwd=place, code=1)
     assert str(path) in done.stderr.splitlines()[-1]
-    after = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
+    after = {file: file.stat().st_mtime_ns for file in place.rglob("[!.]*") if file.is_file()}
     prepared = {file for file in after if file.parent.name == "prepared"}
     assert {file: after[file] for file in after.keys() - prepared} == {
         file: before[file] for file in before.keys() - prepared
@@ -493,7 +493,7 @@ def test_full_disk_in_fine_tuning(home, tmp_path):
 def test_full_disk_for_rainbows_checkpoint(tmp_path):
     """A full disk as Rainbow's checkpoint is written: the file is named; with room, the same command begins again."""
     fails_for(RUN / "checkpoint.pt", start("finetune_rainbow.py", *RAINBOW, cwd=tmp_path, limit=2_000_000), tmp_path)
-    assert {path.name for path in (tmp_path / RUN).iterdir()} == {"frames.bin"}
+    assert {path.name for path in (tmp_path / RUN).glob("[!.]*")} == {"frames.bin"}
     run("finetune_rainbow.py", *RAINBOW, cwd=tmp_path)
     assert [*tmp_path.glob("results/rainbow/nature/pong/seed0.json")]
 
