@@ -201,7 +201,7 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
 
 
 def content_key(file: Path) -> tuple[int, bytes]:
-    """A gzip file's size and last 8 bytes, its content's checksum and length: these change when the content does."""
+    """A gzip file's size and last 8 bytes, its content's checksum and length: of other content they are others."""
     with clear_errors(file, "Make it readable."), open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(size - 8, 0))

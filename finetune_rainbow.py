@@ -453,7 +453,7 @@ def hold(folder: Path) -> None:
         lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:  # as systems have it
         raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
     except OSError:  # a file system without locks
         pass

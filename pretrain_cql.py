@@ -218,7 +218,7 @@ def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
 
 
 def content_key(file: Path) -> tuple[int, bytes]:
-    """A gzip file's size and last 8 bytes, its content's checksum and length: these change when the content does."""
+    """A gzip file's size and last 8 bytes, its content's checksum and length: of other content they are others."""
     with clear_errors(file, "Make it readable."), open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(size - 8, 0))
@@ -657,7 +657,7 @@ def hold(folder: Path) -> None:
         lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:  # as systems have it
         raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
     except OSError:  # a file system without locks
         pass

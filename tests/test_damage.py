@@ -149,6 +149,7 @@ def test_damaged_shard(place):
 
     def read():
         atc.open_shard.cache_clear()
+        atc.map_shard.cache_clear()
         data = atc.Windows([(0, path)], 7, 8, 0, "train")
         for i in range(data.batches):
             assert data[i]["frames"].shape == (8, 7, 84, 84)

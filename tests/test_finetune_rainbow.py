@@ -257,13 +257,14 @@ def test_killed_before_a_checkpoint(saved, tmp_path):
 
 def test_what_is_made_again_can_be_cut_off(tmp_path):
     """From when a run is made again, the old result does not count: the same command without --overwrite goes on."""
-    run(SCRIPT, *NATURE, cwd=tmp_path)
+    args = (*NATURE, "--total-steps", 400)
+    run(SCRIPT, *args, cwd=tmp_path)
     first, learned = result(tmp_path, "nature"), policy(tmp_path)
-    again = (*NATURE, "--overwrite")
+    again = (*args, "--overwrite")
     fails(cut_off(signal.SIGTERM, 45, *again, cwd=tmp_path), "the same command again, but without --overwrite")
     (run_dir,) = tmp_path.glob("runs/*")
-    assert 45 <= checkpoint(run_dir)["step"] < 120 and not [*tmp_path.glob("results/**/*.json")]
-    assert "from step 0 " not in run(SCRIPT, *NATURE, cwd=tmp_path).stdout
+    assert 45 <= checkpoint(run_dir)["step"] < 400 and not [*tmp_path.glob("results/**/*.json")]
+    assert "from step 0 " not in run(SCRIPT, *args, cwd=tmp_path).stdout
     assert result(tmp_path, "nature") == first
     assert_equal(policy(tmp_path), learned)
 

@@ -238,12 +238,12 @@ def test_killed_between_the_result_and_the_end(undisturbed, tmp_path):
     assert not [*folder.glob("runs/*/checkpoint.pt")] and not [*folder.glob("runs/*/frames.bin")]
 
 
-@pytest.mark.parametrize("seconds", [0, 0.5, 1])
-def test_killed_alone_while_preparing(seconds, tmp_path):
+@pytest.mark.parametrize(("what", "seconds"), [("playing", 0), ("playing", 1), ("preparing", 0)])
+def test_killed_alone(what, seconds, tmp_path):
     """SIGKILL to a script alone, not to what it may have started, while it plays or prepares: nothing stays behind."""
     folder = tmp_path / "run"
     process = begin(folder, ROOT / "pretrain_atc.py", *ATC, "--play-rows", 3000, "--total-steps", 1)
-    wait_until(lambda: "playing" in printed(folder), process, folder)
+    wait_until(lambda: what in printed(folder), process, folder)
     time.sleep(seconds)
     process.kill()
     assert process.wait(10) == -signal.SIGKILL and not [*folder.glob("runs/*/checkpoint.pt")]

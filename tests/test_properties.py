@@ -88,6 +88,7 @@ def shards_of(rows: list[int]) -> Iterator[list[tuple[int, Path]]]:
             yield shards
         finally:
             atc.open_shard.cache_clear()
+            atc.map_shard.cache_clear()
 
 
 @contextmanager
