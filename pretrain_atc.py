@@ -641,7 +641,7 @@ def hold(folder: Path) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Those that a run has made there, but for the lock and what is still being written."""
+    """The files of a run, without its lock and what is still being written."""
     return [path for path in folder.glob("[!.]*") if path.is_file()]
 
 

@@ -95,6 +95,26 @@ def test_what_is_done_is_skipped_and_the_seed_decides(tmp_path):
     assert not torch.equal(other["head"]["weight"], saved["head"]["weight"])
 
 
+def test_a_result_that_came_meanwhile_is_kept(monkeypatch, capsys, tmp_path):
+    """Another process ends the same run while this one prepares its data."""
+    args = (*QUICK, "--max-episode-steps", 5)
+    (tmp_path / "other").mkdir()
+    run("finetune_bc.py", *args, cwd=tmp_path / "other")
+    path = tmp_path / "results" / "bc" / "random" / "pong" / "seed0.json"
+    prepare = bc.prepare
+
+    def prepare_and_wait(*given):
+        shutil.copytree(tmp_path / "other" / "results", tmp_path / "results")
+        return prepare(*given)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bc, "prepare", prepare_and_wait)
+    bc.finetune(bc.tyro.cli(bc.Args, args=[*map(str, args)]))
+    assert "is there already" in capsys.readouterr().out
+    other = tmp_path / "other" / path.relative_to(tmp_path)
+    assert path.stat().st_mtime_ns == other.stat().st_mtime_ns  # not made again: that would give the same content
+
+
 def test_killed_run_leaves_no_result_and_is_done_again(tmp_path):
     args = (*QUICK, "--max-episode-steps", 5, "--epochs", 60)
     process = start("finetune_bc.py", *args, cwd=tmp_path)

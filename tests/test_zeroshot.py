@@ -148,7 +148,7 @@ def test_bad_input(checkpoint, tmp_path):
         (["--checkpoint", "damaged.pt"], 1, "damaged.pt cannot be used"),
         (["--checkpoint", checkpoint("atc")], 1, "atc learns no policy"),
         (["--checkpoint", "unseen.pt"], 1, "unseen.pt has seen nothing of pong"),
-        (["--checkpoint", "nan.pt"], 1, "nan.pt predicts what is not finite"),
+        (["--checkpoint", "nan.pt", "--max-episode-steps", 5], 1, "nan.pt predicts what is not finite"),
         ([*bc, "--games", "pong", "alien"], 1, "was pre-trained on pong, freeway, not alien"),
         ([*bc, "--games", "chess"], 1, "Unknown game 'chess'"),
         ([*bc, "--epsilon", 1.5], 1, "--epsilon must be at most 1"),
