@@ -374,17 +374,18 @@ def convert_jat(args: Args, game: str, jobs: list[tuple[int, int]], bar: tqdm) -
                         data, shifts = Checkpoint(size), []
                     if place not in wanted and row // size not in wanted:
                         continue  # neither this row nor the next, which is compared with it, is wanted
-                    before, stack = stack, decode_png(images[t].as_py(), "RGBA")  # [84, 84, 4]
+                    image = decode_png(images[t].as_py(), "RGBA")  # [84, 84, 4]
                     if game in JAT_OTHER_ORDER:
-                        stack = stack.transpose(2, 0, 1).reshape(84, 84, 4)
+                        image = image.transpose(2, 0, 1).reshape(84, 84, 4)
+                    before, stack = stack, np.ascontiguousarray(image.transpose(2, 0, 1))  # [4, 84, 84]
                     if place not in wanted:
                         continue
                     start = t == 0
                     if not start:
-                        shifts.append(np.array_equal(stack[..., :3], before[..., 1:]))
-                        changed = not np.array_equal(stack[..., 2], before[..., 3])
-                        start = changed and (stack == stack[..., :1]).all()  # the first stack after a time-out
-                    has_room = data.add(stack[..., 3], actions[t], rewards[t], t == len(images) - 1, start)
+                        shifts.append(np.array_equal(stack[:3], before[1:]))
+                        changed = not np.array_equal(stack[2], before[3])
+                        start = changed and (stack == stack[0]).all()  # the first stack after a time-out
+                    has_room = data.add(stack[3], actions[t], rewards[t], t == len(images) - 1, start)
                     if not has_room:
                         if np.mean(shifts) < 0.9:
                             raise ValueError(f"only {np.mean(shifts):.0%} of the stacks continue the one before")

@@ -309,6 +309,15 @@ def test_pre_training_is_the_default(tmp_path, server):
     assert "surround" in sources["jat"]
 
 
+def test_documentation_tells_which_source_has_which_game():
+    rows = [line.split(" | ") for line in (ROOT / "docs/data.md").read_text().splitlines() if line.count("|") == 5][2:]
+    table = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
+    sources = module().SOURCES
+    assert list(table) == [*module().ID_GAMES, *module().NEAR_OOD_GAMES, *module().FAR_OOD_GAMES]
+    for game, (_, *has) in table.items():
+        assert has == ["yes" if game in sources[source] else "-" for source in ("rl_unplugged", "jat")], game
+
+
 def test_games_that_a_source_lacks_are_named(tmp_path):
     shown = download(tmp_path, "--games", "pong", "skiing", "AirRaid", code=1)
     assert "skiing (--source jat has it)" in shown and "air_raid (docs/data.md" in shown and "pong" not in shown
