@@ -3,43 +3,39 @@
 # dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
 #   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
 # ///
-"""CQL, conservative Q-learning (Kumar et al., arXiv 2006.04779), pre-trains Atari-PB's ResNet-50 (2406.06037).
+"""CQL, conservative Q-learning (Kumar et al., arXiv 2006.04779): pre-trains a ResNet-50 on Atari trajectories.
 
-The return of the action that the replay's player took is to be predicted, while the values of the actions not taken are
-kept down. With f the ResNet-50, g the neck, h the head, p(o, a) = softmax( h(g(f(o)))[a] ) over 51 atoms z from -10 to
-10 (C51, 1707.06887), Q = sum_j z_j p_j, o augmented (shifted, scaled) stacks, ' for the momentum network:
+The network learns the distribution of the return of the recorded player's actions, and keeps the values of all other
+actions low. f is the ResNet-50, g the neck, h the head; p(o, a) = softmax( h(g(f(o)))[a] ) over 51 atoms z from -10 to
+10 (C51, 1707.06887); Q = sum_j z_j p_j; ' marks the momentum network; stacks o are augmented (shifted and scaled):
 
-    G    = sum_{k<n} gamma^k sign(r_{s+k})                            n = 3 steps, gamma = 0.99
-    a*   = argmax_a Q'(o_{s+n}, a)
-    m    = projection onto z of the atoms G + gamma^n z, with the probabilities p'(o_{s+n}, a*)
-    loss = mean_i( -sum_j m_j log p(o_s, a_s)_j + alpha ( log sum_a exp Q(o_s, a) - Q(o_s, a_s) ) )       alpha = 0.1
+    G    = sum_{k<n} gamma^k sign(r_s+k)                     return of n = 3 steps, gamma = 0.99
+    a*   = argmax_a Q'(o_s+n, a)
+    m    = projection onto z of the atoms G + gamma^n z, with the probabilities p'(o_s+n, a*)
+    loss = mean_i( -sum_j m_j log p(o_s, a_s)_j + alpha ( log sum_a exp Q(o_s, a) - Q(o_s, a_s) ) )     alpha = 0.1
 
-Where an episode ends in the n steps, G ends, and the atoms are at G. With --loss mse, h gives Q itself, and the first
-term is (Q(o_s, a_s) - (G + gamma^n max_a Q'(o_{s+n}, a)))^2: the benchmark has both.
+Where an episode ends within the n steps, G ends, and all atoms are at G. With --loss mse, h returns Q itself, and the
+first term is (Q(o_s, a_s) - (G + gamma^n max_a Q'(o_s+n, a)))^2. The benchmark has both.
+Data, network and schedule are those of the Atari Pre-training Benchmark (arXiv 2406.06037).
 
-    python pretrain_cql.py                                  # plays a small replay itself and trains on it
+    python pretrain_cql.py                                  # smoke test: plays 1,000 random steps of each game
     python pretrain_cql.py --data-dir /data/dqn_replay      # the benchmark: 50 games, 10M frames, 100 epochs
     torchrun --nproc-per-node 8 pretrain_cql.py --data-dir /data/dqn_replay
 """
 
-import atexit
 import copy
-import fcntl
 import gzip
 import json
 import math
-import mmap
 import os
 import resource
 import signal
-import threading
 import time
-import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -50,390 +46,93 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
+
+# === processes and precision [shared] =================================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
 
 
 # === arguments ========================================================================================================
 @dataclass
 class Args:
-    total_steps: int = 1_953_125  # optimizer steps; the default is 100 epochs over 10M samples
-    batch_size: int = 512  # samples of a step, over all processes together
-    learning_rate: float = 1e-4  # AdamW's, after the warm-up
-    weight_decay: float = 1e-5  # AdamW's, on all parameters alike
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay rates for the means of the gradient and of its square
-    adam_eps: float = 1.5e-4  # AdamW's term against division by zero
-    max_grad_norm: float = 0.5  # gradients are scaled down to this L2 norm; inf leaves them alone
-    loss: Literal["distributional", "mse"] = "distributional"  # of C51, or the squared error of Q itself
-    atoms: int = 51  # of the return's distribution
-    max_return: float = 10.0  # the last atom; the first one is at minus this
-    n_steps: int = 3  # n, steps whose rewards are added up before the momentum network estimates the rest
-    discount: float = 0.99  # gamma, of rewards, for each step
-    conservative_weight: float = 0.1  # alpha, of the term that keeps the values of actions not taken down
-    width_multiplier: float = 1.0  # of the ResNet's channels, for ablations and small machines
-    blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; 3 4 6 3 is the ResNet-50
+    total_steps: int = 1_953_125  # optimizer steps; the default is 100 epochs of 10M samples
+    batch_size: int = 512  # samples in a step, summed over all processes
+    learning_rate: float = 1e-4  # of AdamW, after the warm-up
+    weight_decay: float = 1e-5  # of AdamW, for all parameters
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    adam_eps: float = 1.5e-4  # of AdamW
+    max_grad_norm: float = 0.5  # gradients are clipped to this L2 norm; inf turns clipping off
+    loss: Literal["distributional", "mse"] = "distributional"  # C51, or the squared error of Q itself
+    atoms: int = 51  # atoms of the return's distribution
+    max_return: float = 10.0  # the last atom; the first one is minus this
+    n_steps: int = 3  # n: steps whose rewards are summed before the momentum network estimates the rest
+    discount: float = 0.99  # gamma
+    conservative_weight: float = 0.1  # alpha
+    target_momentum: float = 0.99  # of the momentum network; 1 leaves it as initialised, as the original code does
+    width_multiplier: float = 1.0  # scales the ResNet's channels
+    blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; 3 4 6 3 is a ResNet-50
 
-    games: tuple[str, ...] = ()  # as ms_pacman or MsPacman; none given: the benchmark's 50 pre-training games
-    data_dir: Path | None = None  # the DQN Replay Dataset; none given: games played here at random, as a smoke test
-    runs: tuple[int, ...] = (1, 2)  # runs of the DQN agent to read, of each game
-    checkpoints: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # replay checkpoints to read, of each run
-    rows_per_checkpoint: int = 10_000  # rows to read from the start of each checkpoint, padding rows included
-    play_rows: int = 1_000  # rows to play of each game where there is no --data-dir
-    cache_dir: Path = Path("cache")  # for prepared and played data; all scripts and runs may share it
-    num_workers: int = 2  # processes that read batches ahead; 0: the training process reads them itself
+    games: tuple[str, ...] = ()  # such as ms_pacman or MsPacman; default: the benchmark's 50 pre-training games
+    data_dir: Path | None = None  # the DQN Replay Dataset; default: a smoke test on random play
+    runs: tuple[int, ...] = (1, 2)  # runs of the DQN agent to read, for each game
+    checkpoints: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # replay checkpoints to read, for each run
+    rows_per_checkpoint: int = 10_000  # rows to read from the start of each checkpoint, padding included
+    play_rows: int = 1_000  # rows to play in each game when there is no --data-dir
+    cache_dir: Path = Path("cache")  # for prepared data; all scripts and runs can share it
+    num_workers: int = 4  # threads that read batches ahead
 
-    seed: int = 0  # of the initialisation, the order of the samples and the augmentation
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun every process takes its own GPU
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bfloat16 autocast on GPUs and CPUs that compute in it
+    seed: int = 0  # of initialisation, sample order and augmentation
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun, cuda is one GPU per process
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bfloat16 autocast where the hardware supports it
     compile: bool = torch.cuda.is_available()  # torch.compile the objective
-    run_name: str = ""  # the run's folder in runs/; none given: <script>__<seed>
-    resume: bool = False  # continue the run from its checkpoint, or start it where there is none
+    run_name: str = ""  # folder in runs/; default: <script>__<seed>
+    resume: bool = False  # continue from the run's checkpoint if there is one
     overwrite: bool = False  # delete an existing run of this name
     log_every: int = 20  # steps between entries in TensorBoard
-    eval_every: int = 10_000  # steps between evaluations on held-out samples; there is always one at the end
-    eval_samples: int = 5_120  # held-out samples to evaluate on, at most
-    save_every: int = 2_000  # steps between checkpoints; there is always one at the end, and on Ctrl-C or SIGTERM
-
-
-# === games [shared] ===================================================================================================
-ID_GAMES = tuple(  # the 50 games of pre-training
-    """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival centipede
-    chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway frostbite gopher
-    gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman name_this_game phoenix
-    pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner tennis time_pilot tutankham
-    up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()
-)
-NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
-FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
-
-
-def parse_game(name: str) -> str:
-    """ALE's name of a game given as `ms_pacman` or `MsPacman`."""
-    games = {game.replace("_", ""): game for game in sorted(ID_GAMES + NEAR_OOD_GAMES + FAR_OOD_GAMES)}
-    if name.replace("_", "").lower() not in games:
-        raise SystemExit(f"Unknown game {name!r}. Known are: {' '.join(games.values())}")
-    return games[name.replace("_", "").lower()]
-
-
-# === files [shared] ===================================================================================================
-@contextmanager
-def atomic_write(path: Path):
-    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f".{path.name}.*.tmp"):
-            with suppress(FileNotFoundError):
-                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
-                    other.unlink()
-        with open(temporary, "wb") as file:
-            yield file
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{path} cannot be written ({error!r}).") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def check_writable(folder: Path) -> None:
-    """Ends the program if no file could be written into a folder that is there or is to be made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
-
-
-# === errors [shared] ==================================================================================================
-@contextmanager
-def clear_errors(name: Path | str, advice: str):
-    """Turns whatever goes wrong with what has that name, a file, into one line that names it and says what to do."""
-    try:
-        yield
-    except Exception as error:
-        raise SystemExit(f"{name} cannot be used ({error!r}). {advice}") from error
-
-
-# === torch files [shared] =============================================================================================
-def load_torch(path: Path, mapped: bool = False) -> dict:
-    """What torch.save wrote, its tensors left in the file if `mapped`; an error if a bit of it has changed."""
-    with zipfile.ZipFile(path) as file:
-        if damaged := file.testzip():
-            raise ValueError(f"its part {damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-# === numbers [shared] =================================================================================================
-def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less or not finite; --max-grad-norm may be inf."""
-    for least, names in enumerate((at_least_0, at_least_1)):
-        for name in names.split():
-            value = getattr(args, name)
-            limit = math.inf if isinstance(value, float) else 2**63
-            if not least <= value < limit and (name, value) != ("max_grad_norm", math.inf):
-                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below {limit}.")
-
-
-# === processes [shared] ===============================================================================================
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number for this process, among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among this machine's
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-
-
-# === replay files [shared] ============================================================================================
-HISTORY = 3  # rows of a stack of 4 frames before its own row
-PADDING = 3  # blank rows before every episode in DQN Replay files
-REPLAY = np.dtype([("observation", "u1", (84, 84)), ("action", "i4"), ("reward", "f4"), ("terminal", "u1")])  # files
-
-
-def replay_layouts(data_dir: Path, game: str, run: int, checkpoint: int) -> list[list[Path]]:
-    """Where a replay checkpoint's files are: as the bucket has them, or as Atari-PB's and SGI's download scripts do."""
-    folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
-    layouts = (f"{run}/replay_logs/$store$_{{}}_ckpt.{checkpoint}.gz", f"{{}}_{run}_{checkpoint}.gz")
-    return [[folder / layout.format(field) for field in REPLAY.names] for layout in layouts]
-
-
-# === data [shared] ====================================================================================================
-FIELDS = np.dtype([("starts", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")])
-ROW = np.dtype([("frame", "u1", (84, 84)), ("fields", FIELDS)])  # a row of a prepared shard, 7,064 bytes
-
-
-def read_rows(path: Path, row: np.dtype, rows: float) -> tuple[np.ndarray, int]:
-    """The first `rows` rows of a gzipped .npy, or all if fewer, decompressing no more; and how many it holds."""
-    with clear_errors(path, "If it is damaged, download it again."), gzip.open(path) as file:
-        np.lib.format.read_magic(file)
-        (total, *shape), column_major, dtype = np.lib.format.read_array_header_1_0(file)
-        fits = shape == [*row.shape] and np.can_cast(dtype, row.base, "no" if shape else "same_kind")
-        if not fits or column_major or total < 0:
-            raise ValueError(f"it holds rows of {dtype} {shape}, not of {row.base} {list(row.shape)}")
-        count = min(rows, total)
-        content = file.read(count * math.prod(shape) * dtype.itemsize)
-        if count == total:  # gzip's checksum is at the end
-            file.read(1)
-        return np.frombuffer(content, dtype).reshape(count, *shape), total
-
-
-def content_key(file: Path) -> tuple[int, bytes]:
-    """A gzip file's size and last 8 bytes, its content's checksum and length: of other content they are others."""
-    with clear_errors(file, "Make it readable."), open(file, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - 8, 0))
-        return size, stream.read()
-
-
-def prepare_shard(cache_dir: Path, data_dir: Path, rows: int, game: str, run: int, checkpoint: int) -> Path:
-    """Makes, once, an .npy of ROWs of a replay checkpoint's first `rows` rows, padding left out; returns its path.
-
-    Rewards become their signs (NaN: 0), return_to_go their sum up to the episode's end, even beyond `rows`; start marks
-    an episode's first row. A file that begins with padding keeps 3 blank rows in front, as history of its first stack.
-    """
-    numbers = (50, 49, 48) if checkpoint == 50 else (checkpoint,)  # a few runs lack checkpoint 50
-    layouts = [files for number in numbers for files in replay_layouts(data_dir, game, run, number)]
-    files = next((files for files in layouts if any(file.is_file() for file in files)), layouts[0])
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise SystemExit(f"Missing {', '.join(missing)}: download it, or ask for games, runs and checkpoints you have.")
-    key = zlib.crc32(repr(("shard/2", [*map(content_key, files)], rows)).encode())  # of changed files, another
-    path = cache_dir / "prepared" / f"{game}_{run}_{checkpoint}_{key:08x}.npy"
-    if path.exists():
-        return path
-    needed = (rows, rows, math.inf, math.inf)  # all rewards and terminals, for return_to_go
-    rows_and_totals = map(read_rows, files, (REPLAY[name] for name in REPLAY.names), needed)
-    (frame, action, reward, terminal), (total, *totals) = zip(*rows_and_totals, strict=True)
-    if totals != [total] * 3:
-        raise SystemExit(f"{files[0]} and its action, reward and terminal files differ in length. Download them again.")
-    if not 0 < rows < total:  # a file's last row may be stale: it is never used
-        raise SystemExit(f"{files[0]} has {max(total - 1, 0)} usable rows, not {rows}: choose another number.")
-    if action.min() < 0 or action.max() > 17:
-        raise SystemExit(f"{files[1]} has actions from {action.min()} to {action.max()}, outside 0 to 17.")
-    reward, terminal = np.sign(np.nan_to_num(reward[:-1].astype(np.float32))), terminal[:-1] != 0
-    to_file_end = np.append(np.cumsum(reward[::-1])[::-1], 0)  # [total], the sum of row i's and all later rewards
-    ends = np.append(np.flatnonzero(terminal), total - 2)  # every episode's last row
-    return_to_go = to_file_end[:rows] - to_file_end[ends[np.searchsorted(ends, np.arange(rows))] + 1]
-    reward, terminal = reward[:rows], terminal[:rows]
-
-    blank = ~frame.any((1, 2)) & (action == 0) & (reward == 0) & ~terminal
-    real = np.full(rows, True)
-    real[:PADDING] = ~np.logical_and.accumulate(blank[:PADDING])  # a file may begin amid the padding
-    for first in np.flatnonzero(terminal) + 1:
-        real[first : first + PADDING] = not blank[first : first + PADDING].all()
-    shard = np.zeros(HISTORY + np.count_nonzero(real), ROW)
-    shard["frame"][HISTORY:] = frame[real]
-    for name, column in zip(FIELDS.names[1:], (action, reward, terminal, return_to_go), strict=True):
-        shard["fields"][name][HISTORY:] = column[real]
-    shard["fields"]["starts"][1:] = shard["fields"]["terminal"][:-1]
-    shard["fields"]["starts"][HISTORY : HISTORY + 1] = not real[0]
-    with atomic_write(path) as file:
-        np.save(file, shard[HISTORY:] if real[0] else shard, allow_pickle=False)
-    return path
-
-
-def play_game(data_dir: Path, num_rows: int, game: str) -> None:
-    """Plays `num_rows` rows of a game, with sticky actions, into a replay of run 1, checkpoint 1; once.
-
-    Each step the player repeats its last action or, with probability 0.1, draws another: that shows more of a game.
-    """
-    files = replay_layouts(data_dir, game, 1, 1)[0]
-    if all(file.exists() for file in files):
-        return
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    options = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False)
-    env = AtariVectorEnv(game, 1, **options)
-    rng = np.random.default_rng(zlib.crc32(game.encode()))
-    rows, done, action = [], True, 0
-    while len(rows) <= num_rows:  # one more than asked for: readers leave the last one out
-        if done:
-            stack, _ = env.reset(seed=int(rng.integers(2**31)))  # [1, 4, 84, 84]
-            rows += [(np.zeros((84, 84)), 0, 0, 0)] * PADDING
-        if rng.random() < 0.1:
-            action = rng.integers(env.single_action_space.n)
-        frame = stack[0, -1]
-        stack, reward, terminated, truncated, _ = env.step(np.array([action]))
-        done = terminated[0] or truncated[0]
-        rows.append((frame, action, reward[0], done))
-    for path, name, column in zip(files, REPLAY.names, zip(*rows, strict=True), strict=True):
-        with atomic_write(path) as file, gzip.open(file, "wb", compresslevel=1) as stream:
-            np.save(stream, np.array(column, REPLAY[name].base), allow_pickle=False)
-
-
-def prepare(args, games: tuple, rows: int) -> list[tuple[int, Path]]:
-    """(game_id, path) of every shard of games, args.runs and args.checkpoints; without args.data_dir, of own play."""
-    data_dir, runs, checkpoints = args.data_dir, args.runs, args.checkpoints
-    for numbers in (runs, checkpoints):
-        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
-            raise SystemExit("--runs and --checkpoints must name at least one each, each once, and none below 0.")
-    check_writable(args.cache_dir)
-    # Threads are enough: what takes the time, in ALE, zlib and NumPy, goes on side by side.
-    pool = dict(max_workers=min(8, os.cpu_count()), leave=False, disable=LOCAL_RANK > 0)
-    if data_dir is None:
-        data_dir, runs, checkpoints, rows = args.cache_dir / f"played_{args.play_rows}", (1,), (1,), args.play_rows
-        if LOCAL_RANK == 0:
-            print(f"No --data-dir: a smoke test on {rows:,} rows of random play a game, kept in {data_dir}", flush=True)
-        thread_map(partial(play_game, data_dir, rows), games, desc="playing", **pool)
-    jobs = [(game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
-    make = partial(prepare_shard, args.cache_dir, data_dir, rows)
-    paths = thread_map(make, *zip(*jobs, strict=True), desc="preparing", **pool)
-    game_ids = [TABLE_GAMES.index(game) if game in TABLE_GAMES else 0 for game, _, _ in jobs]  # far-OOD games have none
-    return list(zip(game_ids, paths, strict=True))
-
-
-@cache  # by each process of its own
-def map_shard(path: Path) -> np.memmap:
-    shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    shard.base.madvise(mmap.MADV_RANDOM)  # else, of what is not in RAM, the system reads many times what is needed
-    return shard
-
-
-@cache
-def open_shard(path: Path) -> np.ndarray:
-    with clear_errors(path, "Delete it: it will be prepared again."):
-        return map_shard(path).view(ROW, np.ndarray)  # np.memmap is slow to slice
-
-
-class Windows(Dataset):
-    """Batches of windows, `length` consecutive rows of a shard. Batch i is a function of (seed, i, rank, world size).
-
-    Every epoch takes all windows in a new order. `part` is "train", "held_out" (each shard's last 1% of windows, which
-    share no row with training windows) or "all". A batch is a dict of arrays: frames uint8 [b, length, 84, 84]; starts,
-    action, reward, terminal, return_to_go [b, length]; game_id [b]; b is batch_size / WORLD_SIZE, or less at the end of
-    an epoch of "all".
-    """
-
-    def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
-        game_ids, self.paths = zip(*shards, strict=True)
-        self.game_ids, self.length, self.seed, self.epoch = np.array(game_ids), length, seed, None
-        self.cold = True  # whether batches have lately come from the disk, not from RAM
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))  # 1,000 shards are open at once
-        windows = np.array([len(open_shard(path)) for path in self.paths]) - length + 1
-        held_out = np.ceil(windows * 0.01).astype(int)
-        counts = {"train": windows - held_out - length + 1, "held_out": held_out, "all": windows}[part]
-        first = windows - held_out if part == "held_out" else 0  # row of a shard's first window
-        if counts.min() < 1:
-            raise SystemExit(f"{self.paths[counts.argmin()]} is too short for windows of {length} rows: use more rows.")
-        self.ends = counts.cumsum()
-        self.offset = first + counts - self.ends  # window i of all is at row i + offset[shard]
-        self.size = int(self.ends[-1])
-        if self.size < (least := batch_size if part == "train" else WORLD_SIZE):
-            raise SystemExit(f"{self.size} {part} samples, fewer than {least}: use more rows or lower --batch-size.")
-        self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
-        self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        epoch, batch = divmod(i, self.batches)
-        if epoch != self.epoch:  # half a second and 40 MB for the benchmark's 10M windows
-            rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, rng.permutation(np.arange(self.size, dtype=np.uint32))
-        windows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size].astype(np.int64)
-        window = np.array_split(windows, WORLD_SIZE)[RANK]
-        shard = np.searchsorted(self.ends, window, side="right")
-        places = list(zip(shard.tolist(), (window + self.offset[shard]).tolist(), strict=True))
-        read = resource.getrusage(resource.RUSAGE_SELF).ru_inblock  # blocks, from the disk, so far
-        for s, row in places if self.cold else ():  # all that is not in RAM is to be read at once, not page by page
-            mapped = map_shard(self.paths[s])
-            start = mapped.offset + row * ROW.itemsize
-            before = start % mmap.PAGESIZE  # bytes of the first page
-            mapped.base.madvise(mmap.MADV_WILLNEED, start - before, before + self.length * ROW.itemsize)
-        frames = np.empty((len(window), self.length, 84, 84), np.uint8)
-        fields = np.empty((len(window), self.length), FIELDS)
-        whole = fields.view("u8")  # each row's as one number: that is faster to copy than field by field
-        for j, (s, row) in enumerate(places):
-            rows = open_shard(self.paths[s])[row : row + self.length]
-            frames[j], whole[j] = rows["frame"], rows["fields"].view("u8")
-        self.cold = resource.getrusage(resource.RUSAGE_SELF).ru_inblock > read
-        others = {name: fields[name].copy() for name in FIELDS.names}
-        return {"frames": frames, "game_id": self.game_ids[shard]} | others
-
-
-# === frame stacks and augmentation [shared] ===========================================================================
-def stack_frames(frames: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Every stack of 4 frames in windows of rows, oldest frame first, frames of the episode before it zeroed.
-
-    frames uint8 [b, 3+n, 84, 84], starts bool [b, 3+n] (True on an episode's first row) -> uint8 [b, n, 4, 84, 84]
-    """
-    episode = starts.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], how many starts up to a frame
-    same = episode == episode[..., -1:]  # whether the frame is of the episode of the stack's last, its own
-    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
-
-
-def own_part(drawn: torch.Tensor) -> torch.Tensor:
-    """This process's part [b, ...] of what all draw alike [WORLD_SIZE * b, ...]: several compute what one would."""
-    return drawn.chunk(WORLD_SIZE)[RANK]
-
-
-def augment(stacks: torch.Tensor) -> torch.Tensor:
-    """Random shift, then random intensity: uint8 [b, n, 4, 84, 84] -> float32, [0, 1] times the intensity.
-
-    The shift, up to 4 pixels each way, repeats the edge; the intensity is 1 + 0.05 clamp(N(0, 1), -2, 2). A sample's
-    stacks and frames share one draw: call it once for each view that has its own.
-    """
-    b, device = len(stacks), stacks.device
-    shift = own_part(torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device))
-    rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each
-    sample = torch.arange(b, device=device)[:, None, None]
-    pixels = stacks.permute(0, 3, 4, 1, 2)[sample, rows[:, :, None], columns[:, None, :]]  # [b, 84, 84, n, 4]
-    noise = own_part(torch.randn(WORLD_SIZE * b, 1, 1, 1, 1, device=device)).clamp(-2, 2)
-    return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
+    eval_every: int = 10_000  # steps between evaluations on 10 batches of held-out samples, and one at the end
+    save_every: int = 2_000  # steps between checkpoints, and one at the end and on Ctrl-C or SIGTERM
 
 
 # === resnet-50 [shared] ===============================================================================================
-norm = partial(nn.GroupNorm, 4, affine=False)  # 4 groups, no parameters
+class Norm(nn.GroupNorm):
+    """Group normalisation (1803.08494) with 4 groups and no parameters: [b, c, h, w] -> the same"""
+
+    def __init__(self, channels: int):
+        super().__init__(4, channels, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        # group_norm, compiled for a GPU, crashes in its backward pass (torch 2.11); these operations do not.
+        y = x.permute(0, 2, 3, 1).unflatten(3, (4, -1)).float()  # [b, h, w, 4, c/4]
+        variance, mean = torch.var_mean(y, (1, 2, 4), correction=0, keepdim=True)
+        y = (y - mean) * (variance + self.eps).rsqrt()
+        return y.to(x.dtype).flatten(3).permute(0, 3, 1, 2)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride) and 1x1 convolution around a shortcut: [b, c, h, w] -> [b, 4 planes, h/s, w/s]"""
+    """1x1, 3x3 (strided) and 1x1 convolution around a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, planes, 1, bias=False), norm(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), norm(planes)
-        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), norm(4 * planes)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, planes, 1, bias=False), Norm(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), Norm(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), Norm(4 * planes)
         self.downsample = nn.Identity()
         if stride > 1 or in_channels != 4 * planes:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, 4 * planes, 1, stride, bias=False), norm(4 * planes))
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, 4 * planes, 1, stride, bias=False), Norm(4 * planes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -442,14 +141,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385), named as torchvision's, without max-pool: [b, 4, 84, 84] -> [b, 2048 width, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, 2048 width, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
-        if not 0 < width_multiplier <= 8 or width_multiplier * 16 % 1 or not 1 <= min(blocks) <= max(blocks) <= 100:
-            raise SystemExit("--width-multiplier must be a multiple of 1/16, up to 8, all of --blocks from 1 to 100.")
+        if width_multiplier <= 0 or width_multiplier * 16 % 1 or min(blocks) < 1:
+            raise SystemExit("--width-multiplier must be a multiple of 1/16, and each of --blocks at least 1.")
         channels = width = int(64 * width_multiplier)
-        self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), norm(width)
+        self.conv1, self.bn1 = nn.Conv2d(4, width, 7, 2, 3, bias=False), Norm(width)
         for i in range(4):
             stage = nn.Sequential()
             for j in range(blocks[i]):
@@ -464,9 +163,9 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck [shared] ====================================================================================================
+# === neck and head [shared] ===========================================================================================
 class Neck(nn.Module):
-    """Maps times the game's learned embedding, averaged, through an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
+    """Weights the map by the game's embedding, averages it and applies an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
     def __init__(self, channels: int, games: int):
         super().__init__()
@@ -479,15 +178,8 @@ class Neck(nn.Module):
         return self.mlp(self.norm((maps * embed).mean((2, 3))))
 
 
-# === game linear [shared] =============================================================================================
-def game_linear(x: torch.Tensor, game_id: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A linear layer for each game, y = x W_g + b_g: x [b, d], weight [games, d, a], bias [games, a] -> [b, a]"""
-    every = x @ weight  # [games, b, a]: about 1% of the ResNet's work; a matrix for each sample would take 512 MB
-    return every[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, bias)
-
-
 class GameLinear(nn.Module):
-    """`game_linear` of its own tables: x [b, d], game_id [b] -> [b, a]"""
+    """A linear layer for each game, y = x W_game + b_game: x [b, d], game_id [b] -> [b, a]"""
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
@@ -495,92 +187,80 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        return game_linear(x, game_id, self.weight, self.bias)
+        y = x @ self.weight  # [games, b, a]; for all games is cheaper than gathering a matrix per sample (512 MB)
+        return y[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
-# === device [shared] ==================================================================================================
-def find_device(name: str) -> torch.device:
-    """The device of that name, ready to use; on CUDA under torchrun, this process's own GPU."""
-    with clear_errors(name, "Choose a --device that there is, such as cpu or cuda."):
-        device = torch.device(name)
-        if device.type == "cuda":
-            device = torch.device("cuda", LOCAL_RANK if WORLD_SIZE > 1 else device.index or 0)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    return device
+# === frame stacks and augmentation [shared] ===========================================================================
+HISTORY = 3  # rows before its own row that a stack of 4 frames needs
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
+def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+    """All stacks of 4 frames of windows of rows, oldest frame first; frames of an earlier episode are zeroed.
+
+    frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
+    """
+    episode = is_first.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], episodes that began within the stack, up to this frame
+    same = episode == episode[..., -1:]  # frames of the same episode as the stack's last frame
+    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
 
 
-# === learning-rate schedule [shared] ==================================================================================
-def lr_multiplier(step: int, total_steps: int) -> float:
-    """Of the learning rate: linearly from 0.1 to 1 in the first 10% of all steps, then a cosine down to 0.1."""
-    warm_up = 0.1 * total_steps
-    if step < warm_up:
-        return 0.1 + 0.9 * step / warm_up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
-
-
-# === momentum networks [shared] =======================================================================================
-@torch.no_grad()
-def update_momentum(target: nn.ModuleDict, objective: nn.Module, progress: float) -> dict[str, float]:
-    """theta' = tau theta' + (1 - tau) theta, tau from 0.99 to 0.999 as `progress` goes from 0 to 1; what to chart."""
-    tau = 0.99 + 0.009 * progress
-    online = [parameter for name in target for parameter in getattr(objective, name).parameters()]
-    torch._foreach_lerp_(list(target.parameters()), online, 1 - tau)
-    return {"momentum": tau}
+def augment(stacks: torch.Tensor) -> torch.Tensor:
+    """Random shift (repeats the edge) and random intensity, one draw per sample: uint8 [b, n, 4, 84, 84] -> float32"""
+    b, device = len(stacks), stacks.device
+    # Every process draws for all samples and takes its part, so that any number of processes computes the same.
+    shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
+    rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each
+    sample = torch.arange(b, device=device)[:, None, None]
+    pixels = stacks.permute(0, 3, 4, 1, 2)[sample, rows[:, :, None], columns[:, None, :]]  # [b, 84, 84, n, 4]
+    noise = torch.randn(WORLD_SIZE * b, 1, 1, 1, 1, device=device).chunk(WORLD_SIZE)[RANK].clamp(-2, 2)
+    return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
 # === distributional returns [shared] ==================================================================================
 def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Shares each moved atom's probability between its two neighbours on the support (1707.06887, algorithm 1).
-
-    probabilities [b, n] of the moved atoms [b, n]; support [n], at equal distances -> probabilities [b, n] on it
-    """
+    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
     last = len(support) - 1
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
-    lower = position.floor().clamp(max=last - 1)  # so that the last atom itself has a lower neighbour, of share 0
+    lower = position.floor().clamp(max=last - 1)  # so that the last point, too, has a lower neighbour
     share, lower = position - lower, lower.long()
     projected = torch.zeros_like(probabilities).scatter_add_(1, lower, probabilities * (1 - share))
     return projected.scatter_add_(1, lower + 1, probabilities * share)
 
 
+# === momentum networks [shared] =======================================================================================
+@torch.no_grad()
+def update_momentum(target: nn.ModuleDict, online: nn.Module, tau: float) -> None:
+    """target = tau target + (1 - tau) online, for each part of `online` that `target` has a copy of"""
+    parameters = [parameter for name in target for parameter in getattr(online, name).parameters()]
+    torch._foreach_lerp_(list(target.parameters()), parameters, 1 - tau)
+
+
 # === objective: CQL ===================================================================================================
-class CQL(nn.Module):
+class Objective(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
-        check_numbers(args, "max_return discount conservative_weight", "n_steps atoms")
-        if args.atoms < 2 or args.max_return == 0 or args.discount > 1:
-            raise SystemExit("--atoms must be at least 2, --max-return above 0, --discount at most 1.")
         self.args, self.length = args, HISTORY + 1 + args.n_steps  # rows of a sample
         self.distributional = args.loss == "distributional"
         self.name = "cql" if self.distributional else "cql_mse"  # in results
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
-        self.neck = Neck(self.backbone.channels, len(TABLE_GAMES))  # g
-        self.head = GameLinear(len(TABLE_GAMES), 512, 18 * (args.atoms if self.distributional else 1))  # h
-        parts = {"backbone": self.backbone, "neck": self.neck, "head": self.head}
-        self.target = copy.deepcopy(nn.ModuleDict(parts)).requires_grad_(False)
-        support = torch.linspace(-args.max_return, args.max_return, args.atoms)  # z
-        self.register_buffer("support", support, persistent=False)
+        self.neck = Neck(self.backbone.channels, len(DQN_REPLAY_GAMES))  # g
+        self.head = GameLinear(len(DQN_REPLAY_GAMES), 512, 18 * (args.atoms if self.distributional else 1))  # h
+        self.target = copy.deepcopy(nn.ModuleDict(self.named_children())).requires_grad_(False)  # of all three
+        self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms), False)  # z
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of a batch of `Windows`."""
-        stacks = stack_frames(batch["frames"], batch["starts"])  # [b, 1+n, 4, 84, 84]
-        obs, next_obs = augment(stacks[:, :1]).squeeze(1), augment(stacks[:, -1:]).squeeze(1)  # o [b, 4, 84, 84] each
+        """Loss and metrics of a batch, as `unpack` returns it."""
+        stacks = stack_frames(batch["frames"], batch["is_first"])  # [b, 1+n, 4, 84, 84]
+        obs, next_obs = augment(stacks[:, :1]).squeeze(1), augment(stacks[:, -1:]).squeeze(1)  # [b, 4, 84, 84] each
         reward, terminal = batch["reward"][:, HISTORY:-1], batch["terminal"][:, HISTORY:-1]  # [b, n] each
-        ended = terminal.cumsum(1) - terminal.long() > 0  # [b, n], whether the episode ended before a step
+        ended = terminal.cumsum(1) - terminal.long() > 0  # [b, n], the episode ended before this step
         discounts = self.args.discount ** torch.arange(self.args.n_steps, device=reward.device)  # gamma^k
         n_step_return = (discounts * reward * ~ended).sum(1)  # G [b], up to the terminal step's reward
-        action = batch["action"][:, HISTORY].long()  # [b]
-        return self.loss(obs, next_obs, action, n_step_return, terminal.any(1), batch["game_id"])
+        return self.loss(obs, next_obs, batch["action"][:, HISTORY], n_step_return, terminal.any(1), batch["game_id"])
 
     def logits(self, network, stacks, game_id):
-        """h(g(f(o))), of the online network, self, or of self.target: atoms' logits, or Q alone [b, 18, atoms or 1]"""
+        """h(g(f(o))) of the online network (self) or of self.target: logits of the atoms, or Q [b, 18, atoms or 1]"""
         features = network.neck(network.backbone(stacks), game_id)  # [b, 512]
         return network.head(features, game_id).float().unflatten(1, (18, -1))
 
@@ -594,12 +274,12 @@ class CQL(nn.Module):
         q = self.q(logits)  # [b, 18]
         with torch.no_grad():
             next_logits = self.logits(self.target, next_obs, game_id)
-            next_q, best = self.q(next_logits).max(1)  # Q'(o_{s+n}, a*), a* [b] each
-            discount = self.args.discount**self.args.n_steps * ~done  # gamma^n, or 0 where nothing follows [b]
+            next_q, best = self.q(next_logits).max(1)  # Q'(o_s+n, a*), a* [b] each
+            discount = self.args.discount**self.args.n_steps * ~done  # [b], gamma^n, or 0 where the episode ended
         if self.distributional:
             atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
             m = project(next_logits[i, best].softmax(1), atoms, self.support)
-            cross_entropy = -(m * logits[i, action].log_softmax(1)).sum(1)
+            cross_entropy = -(m * logits[i, action].log_softmax(1)).sum(1)  # [b]
             td_loss = cross_entropy.clamp(1e-5, 1e5).mean()
         else:
             td_loss = F.mse_loss(q[i, action], n_step_return + discount * next_q)
@@ -608,251 +288,361 @@ class CQL(nn.Module):
         metrics = {"td_loss": td_loss.detach(), "conservative_loss": conservative_loss.detach()}
         return loss, metrics | {"accuracy": (q.argmax(1) == action).float().mean()}  # of argmax_a Q
 
-    def update_target(self, step: int) -> dict[str, float]:
-        return update_momentum(self.target, self, progress=0)  # tau stays at 0.99
+    def update_target(self, step: int) -> None:
+        update_momentum(self.target, self, self.args.target_momentum)
 
 
-Objective = CQL  # what the training loop below builds
+# === games [shared] ===================================================================================================
+ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
+    centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
+    frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
+    name_this_game phoenix pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner
+    tennis time_pilot tutankham up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()  # for pre-training
+NEAR_OOD_GAMES = "alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split()
+FAR_OOD_GAMES = "basic_math human_cannonball klax othello surround".split()
+DQN_REPLAY_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # game_id is a game's place in this list
 
 
-# === checkpoints [shared] =============================================================================================
-FREE_ARGS = """data_dir cache_dir num_workers device compile run_name resume overwrite log_every eval_every eval_samples
-    save_every""".split()  # what may change when a run is resumed
+def parse_game(name: str, games: list[str]) -> str:
+    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`"""
+    for game in games:
+        if game.replace("_", "") == name.replace("_", "").lower():
+            return game
+    raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
-def save_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: dict) -> None:
-    """Plain types and tensors: the parts of the objective after `step` steps, and all that it takes to go on."""
-    name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
-    content = {"format": "atari-pb/1", "objective": name, "step": step}
-    content |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, head, target
-    content |= {"args": args, "games": args["games"], "optimizer": optimizer.state_dict()}
-    content["rng"] = {"cpu": torch.get_rng_state()}  # all processes draw the same
-    if torch.cuda.is_initialized():
-        content["rng"]["cuda"] = torch.cuda.get_rng_state()
-    with atomic_write(path) as file:
-        torch.save(content, file)
+# === data [shared] ====================================================================================================
+# A checkpoint of the DQN Replay Dataset is four gzipped .npy files of about a million rows. Its first rows are prepared
+# once as a shard, a file of ROWs in the cache, from which any window of consecutive rows is one contiguous read.
+FIELDS = [("is_first", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")]
+ROW = np.dtype([("frame", "u1", (84, 84)), *FIELDS])  # 7,064 bytes; is_first marks an episode's first row
+PADDING = 3  # blank rows before every episode in the dataset
 
 
-def load_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, args: dict) -> int:
-    """Restores what was saved; returns the steps done. Args must be as they were, apart from FREE_ARGS."""
-    with clear_errors(path, "To start the run again: --overwrite"):
-        content = load_torch(path)
-        changed = {name: was for name, was in content["args"].items() if name not in FREE_ARGS and args[name] != was}
-        if changed:
-            raise SystemExit(f"{path} was trained with {changed}. Resume with the same, or choose another --run-name.")
-        for name, part in objective.named_children():
-            part.load_state_dict(content[name])
-        optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if "cuda" in content["rng"] and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(content["rng"]["cuda"])
-        return content["step"]
-
-
-# === run folders [shared] =============================================================================================
-def hold(folder: Path) -> None:
-    """Makes a folder and locks it for as long as this process lives; ends the program if another process has it."""
-    with clear_errors(folder, "Choose another folder."):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
+def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
+    """The first `rows` rows of a gzipped .npy, without decompressing the rest; with `most`, integers from 0 to most."""
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # as systems have it
-        raise SystemExit(f"{folder} is in use by another process. Wait for its end, or choose other names.") from error
-    except OSError:  # a file system without locks
-        pass
+        with gzip.open(path) as file:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            (total, *shape), fortran_order, dtype = read_header(file)
+            if fortran_order and shape:
+                raise ValueError("its array is in Fortran order, not in C order")
+            count = int(min(rows, total))
+            content = file.read(count * math.prod(shape) * dtype.itemsize)
+            file.read(1)  # at the end of a file, its checksum is compared
+        values = np.frombuffer(content, dtype).reshape(count, *shape)
+        if most < math.inf and not (np.array_equal(values, values.astype(np.uint8)) and values.max() <= most):
+            raise ValueError(f"it holds {dtype} from {values.min()} to {values.max()}, not integers from 0 to {most}")
+        return values
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise SystemExit(f"{path} cannot be read ({error}). If it is damaged, download it again.") from error
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of a run, without its lock and what is still being written."""
-    return [path for path in folder.glob("[!.]*") if path.is_file()]
+def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
+    """Writes the first `rows` rows as a shard. More rewards and terminals complete the last episode's returns-to-go."""
+    reward, terminal = np.sign(np.nan_to_num(reward.astype(np.float32))), terminal.astype(bool)
+    to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
+    last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
+    return_to_go = to_end[:rows] - to_end[1 + last[np.searchsorted(last, np.arange(rows))]]
+    reward, terminal = reward[:rows], terminal[:rows]
+
+    blank = ~frame.any((1, 2)) & (action == 0) & (reward == 0) & ~terminal
+    padding = np.full(rows, False)
+    padding[:PADDING] = np.logical_and.accumulate(blank[:PADDING])  # the rows may begin amid padding
+    for first in np.flatnonzero(terminal) + 1:
+        padding[first : first + PADDING] = blank[first : first + PADDING].all()
+    shard = np.zeros(HISTORY + np.count_nonzero(~padding), ROW)
+    columns = dict(frame=frame, action=action, reward=reward, terminal=terminal, return_to_go=return_to_go)
+    for name, column in columns.items():
+        shard[name][HISTORY:] = column[~padding]
+    shard["is_first"][1:] = shard["terminal"][:-1]
+    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # an episode's first row needs blank rows as its history
+    temporary.replace(path)  # in one move: there is never half a shard
 
 
-# === logging [shared] =================================================================================================
-def open_writer(run_dir: Path, plain_args: dict, step: int) -> SummaryWriter:
-    """TensorBoard's, for what comes after `step`; the arguments are written there and to args.json."""
-    with atomic_write(run_dir / "args.json") as file:
-        file.write(json.dumps(plain_args, indent=2).encode())
-    threading.excepthook = lambda _: None  # an error of its thread, which writes, comes again with the next entry
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
-    return writer
+def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
+    """A checkpoint's files, as the bucket names them or as Atari-PB's and SGI's download scripts do."""
+    folder = args.data_dir / "".join(word.capitalize() for word in game.split("_"))
+    stand_ins = [n for n in (49, 48) if n not in args.checkpoints] if checkpoint == 50 else []  # a few runs lack 50
+    for n in (checkpoint, *stand_ins):
+        for layout in (f"{run}/replay_logs/$store$_%s_ckpt.{n}.gz", f"%s_{run}_{n}.gz"):
+            files = [folder / (layout % field) for field in ("observation", "action", "reward", "terminal")]
+            if all(file.exists() for file in files):
+                if n != checkpoint:
+                    print(f"{game}: checkpoint {n} of run {run} stands in for checkpoint {checkpoint}.", flush=True)
+                return files
+    raise SystemExit(f"{folder} lacks files of run {run}, checkpoint {checkpoint}. Where to get them: docs/data.md")
 
 
-# === training loop [shared] ===========================================================================================
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path:
+    """The shard of a checkpoint's first `rows` rows; it is made unless the cache has it."""
+    files = find_files(args, game, run, checkpoint)
+    versions = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    path = args.cache_dir / f"{game}_{run}_{checkpoint}_{rows}_{zlib.crc32(repr(versions).encode()):08x}.bin"
+    if not path.exists():
+        frame, action = read_npy(files[0], rows, most=255), read_npy(files[1], rows, most=17)
+        reward, terminal = read_npy(files[2], math.inf), read_npy(files[3], math.inf, most=1)
+        reward, terminal = reward[:-1], terminal[:-1]  # the last row may be stale
+        if frame.size != rows * 84 * 84 or not 0 < len(action) == rows <= len(reward) == len(terminal):
+            raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ in length.")
+        save_shard(path, rows, frame.reshape(rows, 84, 84), action, reward, terminal)
+    return path
 
 
-def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(array).to(device, non_blocking=True) for name, array in batch.items()}
+def play_shard(args, rows: int, game: str) -> Path:
+    """A shard of random play with sticky actions; it is made unless the cache has it."""
+    path = args.cache_dir / f"{game}_played_{rows}.bin"
+    if not path.exists():
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        options = dict(repeat_action_probability=0.25, use_fire_reset=False, reward_clipping=False)
+        env = AtariVectorEnv(game, 1, autoreset_mode=AutoresetMode.SAME_STEP, **options)
+        stack, _ = env.reset(seed=0)  # [1, 4, 84, 84]
+        rng = np.random.default_rng(0)
+        frames, numbers = np.zeros((rows, 84, 84), np.uint8), np.zeros((3, rows), int)
+        for row in range(rows):
+            frames[row], action = stack[0, -1], rng.integers(env.single_action_space.n)
+            stack, reward, terminated, truncated, _ = env.step(np.array([action]))
+            numbers[:, row] = action, reward[0], terminated[0] or truncated[0]
+        save_shard(path, rows, frames, *numbers)
+    return path
 
 
-def process_mean(values: torch.Tensor) -> torch.Tensor:
-    if WORLD_SIZE > 1:
-        dist.all_reduce(values)
-    return values.cpu() / WORLD_SIZE
+def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Path]], str]:
+    """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
+    make, sources = prepare_shard, {}
+    if args.data_dir is None:
+        jobs = [(args.play_rows, game) for game in games]
+        make, sources = play_shard, dict.fromkeys(games, "random_play")
+        print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
+    elif (args.data_dir / "source.json").exists():  # by download_data.py
+        sources = json.loads((args.data_dir / "source.json").read_text())
+    if not jobs:
+        raise SystemExit("--runs and --checkpoints must name at least one each.")
+    paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
+    game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
+    source = "+".join(sorted({sources.get(game, "dqn_replay") for game in games}))
+    return list(zip(game_ids, paths, strict=True)), source
 
 
-def evaluate(objective: nn.Module, data: Windows, samples: int, device: torch.device) -> tuple[dict, dict]:
-    """Mean loss and metrics, and pictures, if any, of always the same held-out samples in the same augmentation."""
-    results = []
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        few = {name: values[:8] for name, values in on_device(data[0], device).items()}
-        pictures = objective.pictures(few) if hasattr(objective, "pictures") else {}
-        for i in range(max(1, min(samples // data.batch_size, data.batches))):
-            loss, metrics = objective(on_device(data[i], device))
-            results.append(torch.stack([loss, *metrics.values()]))
-    means = process_mean(torch.stack(results).mean(0)).tolist()
-    return {f"eval/{name}": mean for name, mean in zip(["loss", *metrics], means, strict=True)}, pictures
+class Windows:
+    """Batches of windows, which are `length` consecutive rows of a shard. Batch i depends on (seed, i) alone.
+
+    `part` is "train", "held_out" (the last 1% of each shard's windows, which share no row with training windows) or
+    "all". Each epoch visits its windows in a new order; its incomplete last batch is used in "all" only.
+    """
+
+    def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 2 * len(shards) + 100 > most != resource.RLIM_INFINITY:  # twice: for training and held-out samples
+            raise SystemExit(f"{len(shards)} shards are too many for {most} open files: raise `ulimit -Hn`.")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.files = [os.open(path, os.O_RDONLY) for _, path in shards]
+        self.game_ids = torch.tensor([game_id for game_id, _ in shards])
+        self.shape = length, ROW.itemsize  # of a window
+        windows = np.array([path.stat().st_size // ROW.itemsize for _, path in shards]) - length + 1
+        held_out = np.ceil(windows * 0.01).astype(int)
+        counts = {"train": windows - held_out - length + 1, "held_out": held_out, "all": windows}[part]
+        first = windows - held_out if part == "held_out" else 0  # row of a shard's first window
+        self.ends = counts.cumsum()
+        self.offset = first + counts - self.ends  # window i of all shards is at row i + offset[shard]
+        self.size = int(self.ends[-1])
+        order = np.arange(self.size, dtype=np.uint32)
+        self.epoch_order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(order))
+        if counts.min() < 1 or self.size < (batch_size if part == "train" else WORLD_SIZE):
+            raise SystemExit(f"Too few {part} samples of {length} rows: use more rows or lower --batch-size.")
+        self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
+        self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
+
+    def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of batch i: rows uint8 [b, length, 7064] and game_id [b]"""
+        epoch, i = divmod(i, self.batches)
+        window = self.epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size].astype(np.int64)
+        window = np.array_split(window, WORLD_SIZE)[RANK]
+        shard = np.searchsorted(self.ends, window, side="right")
+        rows = torch.empty((len(window), *self.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        for sample, s, row in zip(rows.numpy(), shard.tolist(), (window + self.offset[shard]).tolist(), strict=True):
+            os.preadv(self.files[s], [sample], row * ROW.itemsize)  # one read, from RAM or from the disk
+        return rows, self.game_ids[shard]
+
+
+def unpack(rows: torch.Tensor, game_id: torch.Tensor, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """A batch of `Windows` on the device: frames uint8 [b, length, 84, 84], ROW's fields [b, length], game_id [b]"""
+    rows, game_id = rows.to(device, non_blocking=True), game_id.to(device, non_blocking=True)
+    frames, is_first, action, reward, terminal, return_to_go = rows.split([84 * 84, 1, 1, 1, 1, 4], dim=2)
+    return {
+        "frames": frames.unflatten(2, (84, 84)),
+        "is_first": is_first.squeeze(2).bool(),
+        "action": action.squeeze(2).long(),
+        "reward": reward.squeeze(2).view(torch.int8),
+        "terminal": terminal.squeeze(2).bool(),
+        "return_to_go": return_to_go.view(torch.float32).squeeze(2),
+        "game_id": game_id,
+    }
+
+
+def read_ahead(data: Windows, steps: range, threads: int):
+    """(step, batch) of the steps in order. Threads read the next batches while one is used."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(data.batch, step) for step in steps[:threads]]
+        for step in steps:
+            pending.append(pool.submit(data.batch, step + threads))
+            yield step, pending.pop(0).result()
+
+
+# === learning-rate schedule [shared] ==================================================================================
+def lr_multiplier(step: int, total_steps: int) -> float:
+    """Rises linearly from 0.1 to 1 over the first 10% of the steps, then falls to 0.1 along a cosine."""
+    warm_up = 0.1 * total_steps
+    if step < warm_up:
+        return 0.1 + 0.9 * step / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
+
+
+# === training [shared] ================================================================================================
+MAY_CHANGE = """data_dir cache_dir num_workers device compile run_name resume overwrite log_every eval_every
+    save_every""".split()  # when a run is resumed; all other arguments must stay
 
 
 def train(args: Args) -> None:
-    # What is to be done, and where it goes.
-    at_least_0 = "seed num_workers learning_rate weight_decay adam_eps max_grad_norm eval_samples"
-    at_least_1 = "total_steps batch_size rows_per_checkpoint play_rows log_every eval_every save_every"
-    check_numbers(args, at_least_0, at_least_1)
-    if not all(0 <= beta < 1 for beta in args.betas):
-        raise SystemExit("--betas must be at least 0 and below 1.")
+    # The run's folder, the processes and the device
+    args.games = list(dict.fromkeys(parse_game(name, DQN_REPLAY_GAMES) for name in args.games)) or ID_GAMES
+    for name in ("total_steps", "batch_size", "play_rows", "num_workers", "log_every", "eval_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        if WORLD_SIZE == 1 and os.environ.get(name, "") not in ("", alone):
+            raise SystemExit(f"{name} is {os.environ[name]!r}, but not set by torchrun. Use torchrun, or unset {name}.")
     if args.batch_size % WORLD_SIZE:
-        raise SystemExit(f"--batch-size {args.batch_size} cannot be shared among {WORLD_SIZE} processes.")
-    if args.run_name != Path(args.run_name).name or args.run_name == "..":
-        raise SystemExit(f"--run-name must be the plain name of a folder, not {args.run_name}.")
-    if args.resume and args.overwrite:
-        raise SystemExit("--resume goes on with a run, --overwrite deletes it: choose one of them.")
-    args.games = tuple(dict.fromkeys(map(parse_game, args.games))) or ID_GAMES
-    if unknown := [game for game in args.games if game not in TABLE_GAMES]:
-        raise SystemExit(f"--games {' '.join(unknown)}: far-OOD games are only for fine-tuning. Leave them out.")
-    run_dir = Path("runs") / (args.run_name or f"{Path(__file__).stem}__{args.seed}")
+        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of {WORLD_SIZE} processes.")
+    run_dir = Path("runs", args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
-    device = find_device(args.device)
-    torch.manual_seed(args.seed)
-    objective = Objective(args)  # which checks its arguments, before anything is made
-    check_writable(run_dir)
-    exists = f"{run_dir} exists. Go on with --resume, or choose --overwrite or another --run-name."
-    is_new = not (args.resume or args.overwrite)
-    if RANK == 0 and is_new and files_of(run_dir):
-        raise SystemExit(exists)
-
-    # Processes and data. The first process of a machine prepares the data, the others then find it in the cache.
+    if run_dir.exists() and args.resume == args.overwrite:
+        raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
+    device = torch.device(args.device)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(timeout=timedelta(hours=2))  # for which the others wait while one prepares the data
+    if WORLD_SIZE > 1 and args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+
+    # The objective and its data, which the first process of each machine prepares for the others.
+    torch.manual_seed(args.seed)
+    objective = Objective(args).to(device)
+    if args.compile or device.type == "cpu":  # on CUDA, group_norm is slow in this layout unless it is compiled
+        objective.to(memory_format=torch.channels_last)
     if LOCAL_RANK > 0:
         dist.barrier()
-    shards = prepare(args, args.games, args.rows_per_checkpoint)
+    shards, source = prepare(args, args.games, args.rows_per_checkpoint)
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        dist.barrier()
     data = Windows(shards, objective.length, args.batch_size, args.seed, "train")
     held_out = Windows(shards, objective.length, args.batch_size, args.seed, "held_out")
-    if RANK == 0:
-        hold(run_dir)
-        if is_new and files_of(run_dir):  # of a run that has begun meanwhile
-            raise SystemExit(exists)
-        old = files_of(run_dir) if args.overwrite else []  # to be deleted now that nothing is missing for the new run
-        for path in [*old, *run_dir.glob(".*.tmp")]:  # and what was being written as a run was killed
-            path.unlink()
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
+    learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, args.learning_rate, args.betas, args.adam_eps, args.weight_decay, fused=True)
 
-    # How the objective is computed. The operations of a sample, forward and backward, are counted once.
-    objective.to(device, memory_format=torch.channels_last)
-    precision = autocast(device, args.precision)
-    sample = {name: value[:1] for name, value in on_device(held_out[0], device).items()}
-    with precision, FlopCounterMode(display=False) as counter:
-        copy.deepcopy(objective)(sample)[0].backward()
-    flops = counter.get_total_flops()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), math.nan) * WORLD_SIZE
+    # The run's state, if it is resumed.
+    plain_args = json.loads(json.dumps(asdict(args) | {"samples": data.size, "data": source}, default=str))
+    start = 0
+    if args.resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        changed = {key: old for key, old in state["args"].items() if key not in MAY_CHANGE and plain_args[key] != old}
+        if changed:
+            raise SystemExit(f"{checkpoint} was trained with {changed}: resume with these, or choose --run-name.")
+        for name, part in objective.named_children():
+            part.load_state_dict(state[name])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-    # Its optimizer, its state and its batches.
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    adam = dict(lr=args.learning_rate, betas=args.betas, eps=args.adam_eps, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(parameters, **adam, fused=True)
-    plain_args, start = json.loads(json.dumps(asdict(args) | {"samples": data.size}, default=str)), 0
-    torch.manual_seed(args.seed)
-    if args.resume and checkpoint.exists():
-        start = load_checkpoint(checkpoint, objective, optimizer, plain_args)
-    steps = range(start, args.total_steps)
-    stops, signals = (signal.SIGINT, signal.SIGTERM), []  # what asks to stop, and what has come of it
-    for number in stops:
-        signal.signal(number, lambda number, _: signals.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # in the loader's workers, for good: this process stops them
-    options = dict(num_workers=args.num_workers, multiprocessing_context="fork" if args.num_workers else None)
-    options |= dict(pin_memory=device.type == "cuda", generator=torch.Generator())  # not the augmentation's generator
-    batches = iter(DataLoader(data, batch_size=None, sampler=steps, **options))
-    if args.num_workers:  # whom this process, after an error, would else wait for without end
-        atexit.register(batches._shutdown_workers)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+        model = nn.parallel.DistributedDataParallel(model)
+    precision = autocast(device, args.precision)
 
     if RANK == 0:
-        writer = open_writer(run_dir, plain_args, start)
+        for path in [*run_dir.glob("events.*"), checkpoint] if args.overwrite else ():  # now that all else is there
+            path.unlink(missing_ok=True)
+        writer = SummaryWriter(run_dir, purge_step=start + 1)  # hides what was logged after the checkpoint
+        (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
+        table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
+    stops = []  # signals received: the first one ends the run after the step, the same again ends it at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    steps, done, recent, clock = range(start, args.total_steps), start, [], time.perf_counter()
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, dynamic_ncols=True)
-    recent, clock = [], time.perf_counter()
-    for step, batch in zip(steps, batches, strict=True):
-        lr = args.learning_rate * lr_multiplier(step, args.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    bar.set_postfix_str("compiling, about a minute" if args.compile else "")
+    for step, batch in read_ahead(data, steps, args.num_workers):
+        torch.manual_seed(2**32 * args.seed + step)  # of augmentation: a run that is resumed draws the same
+        optimizer.param_groups[0]["lr"] = args.learning_rate * lr_multiplier(step, args.total_steps)
         with precision:
-            loss, metrics = model(on_device(batch, device))
+            loss, metrics = model(unpack(*batch, device))
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(learned, args.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()  # here, so that the next forward pass has the gradients' memory
-        charts = {"learning_rate": lr}
+        optimizer.zero_grad()  # here, so that the next forward pass can use the gradients' memory
         if hasattr(objective, "update_target"):
-            charts |= objective.update_target(step)
+            objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
 
         done = step + 1
         last = done == args.total_steps
-        alone_to_stop = len(signals) > 0 and WORLD_SIZE == 1
-        pauses = (args.log_every, args.eval_every, args.save_every)
-        if not (last or alone_to_stop) and all(done % every for every in pauses):
+        logs, evaluates, saves = (last or done % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        if not (logs or evaluates or saves or (stops and WORLD_SIZE == 1)):
             continue  # without waiting for the device
-        stop = process_mean(torch.tensor(float(len(signals)), device=device)) > 0  # all stop at the same step
-        values = process_mean(torch.stack(recent))  # [steps since the last pause, scalars]
-        for i in (~values[:, :2].isfinite().all(1)).nonzero().flatten().tolist():
-            bar.close()
-            where = f"step {done - len(recent) + i + 1}: loss {values[i, 0]:.4g}, gradient norm {values[i, 1]:.4g}"
-            raise SystemExit(f"Stopped at {where}. The last checkpoint, if there is one, is good: {checkpoint}")
-        rate = len(recent) * args.batch_size / (time.perf_counter() - clock)
-        charts |= {"images_per_second": rate, "teraflops": rate * flops / 1e12, "mfu": rate * flops / peak_flops}
-        scalars = {f"charts/{name}": value for name, value in charts.items() if not math.isnan(value)}
-        names = ["losses/loss", "losses/grad_norm", *(f"losses/{name}" for name in metrics)]
-        scalars |= dict(zip(names, values.mean(0).tolist(), strict=True))
-        bar.set_postfix({"loss": f"{scalars['losses/loss']:.3f}", "images/s": f"{rate:.0f}"})
-        pictures = {}
-        if last or done % args.eval_every == 0:
-            with precision:
-                results, pictures = evaluate(objective, held_out, args.eval_samples, device)
-            scalars |= results
+        names = ["stops", "losses/loss", "losses/grad_norm", *(f"losses/{name}" for name in metrics)]
+        values = [grad_norm.new_tensor([len(stops)]), torch.stack(recent).mean(0)]
+        if evaluates:  # always on the same samples, augmented in the same way
+            objective.eval()
+            torch.manual_seed(0)
+            results = []
+            for i in range(min(10, held_out.batches)):
+                with torch.no_grad(), precision:
+                    loss, metrics = objective(unpack(*held_out.batch(i), device))
+                results.append(torch.stack([loss, *metrics.values()]))
+            objective.train()
+            names += ["eval/loss", *(f"eval/{name}" for name in metrics)]
+            values.append(torch.stack(results).mean(0))
+        values = torch.cat(values)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(values)  # all stop at the same step
+        scalars = dict(zip(names, (values / WORLD_SIZE).tolist(), strict=True))
+        stopped = scalars.pop("stops")
+        if not math.isfinite(scalars["losses/loss"] + scalars["losses/grad_norm"]):
+            raise SystemExit(f"Loss or gradient norm is not finite at step {done}: {scalars}. Last good: {checkpoint}")
+        rate = len(recent) * args.batch_size / (time.perf_counter() - clock)  # samples per second
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": rate}
+        bar.set_postfix_str(f"loss {scalars['losses/loss']:.3f}, {rate:.0f} samples/s")
         if RANK == 0:
-            with clear_errors(run_dir, "Is the disk full?"):
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, done)
-                for name, picture in pictures.items():
-                    writer.add_image(f"eval/{name}", picture, done)
-                writer.flush()  # before the checkpoint: what it goes on from is charted
-            if last or stop or done % args.save_every == 0:
-                save_checkpoint(checkpoint, objective, optimizer, done, plain_args)
-        if stop and not last:
-            bar.close()
-            if WORLD_SIZE > 1:  # torchrun gives the others little time once one has ended
-                dist.barrier()
-            raise SystemExit(f"Stopped by a signal after step {done}. To go on: --resume")
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, done)
+            if evaluates and hasattr(objective, "picture"):
+                writer.add_image("eval/picture", objective.picture(unpack(*held_out.batch(0), device)), done)
+            if saves or stopped:
+                writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
+                name = getattr(objective, "name", Path(__file__).stem.removeprefix("pretrain_"))
+                state = {"format": "atari-pb/1", "objective": name, "step": done, "args": plain_args}
+                state |= {"games": args.games, "optimizer": optimizer.state_dict()}
+                state |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, ...
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: there is always a whole checkpoint
+        if stopped:
+            break
         recent, clock = [], time.perf_counter()
 
     bar.close()
     if RANK == 0:
-        with clear_errors(run_dir, "Is the disk full?"):
-            writer.close()
-        print(f"{checkpoint}: {args.total_steps} steps done", flush=True)
+        writer.close()
+        print(f"{checkpoint}: {done} of {args.total_steps} steps done", flush=True)
     if WORLD_SIZE > 1:
+        dist.barrier()  # until the checkpoint is written: torchrun kills the others once one has ended
         dist.destroy_process_group()
+    if done < args.total_steps:
+        raise SystemExit("Stopped by a signal. To go on: --resume")
 
 
 if __name__ == "__main__":
