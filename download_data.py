@@ -345,7 +345,7 @@ def jat_files(args: Args, game: str, bar: tqdm) -> Iterator[Path]:
                     show_progress(bar, path.stat().st_size)
                     yield path
     except Exception as error:  # of many kinds; the library has tried again where that can help
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         raise SystemExit(f"{url} cannot be read: {reason}. Give the same command again later.") from error
 
 

@@ -85,6 +85,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # a client that has gone
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -559,6 +560,11 @@ def test_a_damaged_or_missing_file_of_jat_is_named(tmp_path, server):
     assert "is damaged" in error_of(tmp_path, source="jat", url=str(tmp_path))
     shown = download(tmp_path, "--source", "jat", "--games", "breakout", "--url", server.url, code=1)
     assert f"{server.url}/datasets/jat-project/jat-dataset/tree/main/atari-breakout cannot be read" in shown
+    server.add_hub()
+    name = "/datasets/jat-project/jat-dataset/resolve/main/atari-breakout/train-00000-of-00001.parquet"
+    server.faults[name] = (403, 9)
+    shown = download(tmp_path, "--source", "jat", "--games", "breakout", "--url", server.url, code=1)
+    assert f"{server.url}{name} cannot be read: " in shown and "403" in shown
 
 
 def test_jat_tells_how_many_rows_there_are(tmp_path):
