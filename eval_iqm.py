@@ -5,40 +5,38 @@
 # ///
 """Scores of Atari-PB (arXiv 2406.06037): IQM, performance profiles and more, with 95% bootstrap confidence intervals.
 
-A raw score s of a game becomes x = (s - low) / (high - low), where low and high are the lesser and the greater of a
-random agent's score and the reference's, a DQN's (far-OOD: a Rainbow's). The n scores x of a split's games and seeds
-give (2108.13264):
+A raw score s of a game becomes x = (s - low) / (high - low). low and high are the lesser and the greater of a random
+agent's score and the reference's, a DQN's (far-OOD: a Rainbow's). The n scores x of a split's games and seeds give
+(2108.13264):
 
-    IQM             the interquartile mean: of what is left of the n without the int(n/4) least and greatest
+    IQM             interquartile mean: the mean without the int(n/4) least and the int(n/4) greatest scores
     median, mean    over the games, of each game's mean over its seeds
     optimality gap  1 - mean of min(x, 1); less is better
-    profile         for each tau of 0, 0.02, ..., 2: the share of the n that are greater than tau
-    P(X > Y)        probability of improvement of X over Y: the mean over the games of P(x > y) + P(x = y) / 2, with x
-                    and y any of X's and Y's scores of the game; by how much one is better does not count
+    profile         for each tau of 0, 0.02, ..., 2: the share of the scores that are greater than tau
+    P(X > Y)        probability of improvement of X over Y: the mean over their common games of P(x > y) + P(x = y) / 2,
+                    where x is any of X's scores of the game and y any of Y's
 
-An interval goes from the 2.5th to the 97.5th percentile of its statistic over 50,000 resamples of the scores. They are
-stratified: for each game, as many of the game's own scores as there are get drawn, with replacement; of X and of Y
-independently. For a profile these percentiles are known without drawing: those of infinitely many resamples.
+Intervals are percentiles 2.5 and 97.5 of 50,000 stratified bootstrap resamples: for each game, as many scores as it has
+are drawn from its own, with replacement, for X and Y independently.
+
+All games need the same number of seeds. --allow-missing takes others: a score then weighs 1 / (its game's number of
+seeds), so that all games weigh the same, and the IQM leaves out a quarter of the weight at either end.
 
     python eval_iqm.py                                        # the scores in results/, as the fine-tunings write them
     python eval_iqm.py --suites bc --methods random curl atc  # some of them
     python eval_iqm.py --improvement-over e2e                 # instead of over random
     python eval_iqm.py --csv scores.csv                       # anybody's, with columns suite, method, game, seed, score
 
-Prints a table for each suite (bc, rainbow, zeroshot, ...) and split, in it the paper's methods in its groups, by what
-they learn from, and after them all others. Writes reports/iqm.md, iqm.json, iqm.png, profiles.png and, where there is
-a method to compare the others with, improvement.png.
+Prints a table for each suite (bc, rainbow, zeroshot, ...) and split. Writes reports/iqm.md, iqm.json, iqm.png,
+profiles.png and, where there is a method to compare with, improvement.png.
 """
 
 import csv
+import io
 import itertools
 import json
-import math
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,22 +44,112 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
+from tqdm import tqdm
 
 
 # === arguments ========================================================================================================
 @dataclass
 class Args:
-    results: Path = Path("results")  # a folder of <suite>/<method>/<game>/seed<k>.json, as the fine-tunings write them
-    csv: Path | None = None  # a file of raw scores to read instead, with columns suite, method, game, seed, score
-    suites: tuple[str, ...] = ()  # suites to show, in this order; none given: all
-    methods: tuple[str, ...] = ()  # methods to show, in this order; none given: all
-    improvement_over: str = ""  # the shown method to compare the others with; none given: random, if it is shown
-    allow_missing: bool = False  # show, marked *, methods that lack games or seeds which others of their suite have
-    resamples: int = 50_000  # of the bootstrap, for each method and split
-    seed: int = 0  # of the bootstrap
-    output_dir: Path = Path("reports")  # where iqm.md, iqm.json and the figures go
+    results: Path = Path("results")  # folder of <suite>/<method>/<game>/seed<k>.json, as the fine-tunings write them
+    csv: Path | None = None  # table of raw scores to read instead, with columns suite, method, game, seed, score
+    suites: tuple[str, ...] = ()  # suites to show, in this order; default: all
+    methods: tuple[str, ...] = ()  # methods to show, in this order; default: all
+    improvement_over: str = ""  # method to compare the others with; default: random, where it is shown
+    allow_missing: bool = False  # show, marked *, methods that lack games or seeds; each game weighs the same
+    allow_mixed: bool = False  # show a method with different backbones or data, and smoke tests beside other results
+    resamples: int = 50_000  # bootstrap resamples, for each method and split
+    seed: int = 0  # random seed of the bootstrap
+    output_dir: Path = Path("reports")  # folder for iqm.md, iqm.json and the figures
+
+
+# === statistics =======================================================================================================
+STATISTICS = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap"}
+ENDS = ("value", "low", "high")  # an estimate and the ends of its interval
+TAU = np.arange(101) / 50  # of the profiles
+NOT_IN_MEAN = "montezuma_revenge"  # its random and reference scores are 0: any score above becomes something huge
+Scores = dict[tuple[str, int], float]  # a method's normalised scores, by (game, seed)
+
+
+def by_game(scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores x [n] in the order of their games, the games [g], and how many scores each has, counts [g]."""
+    games, counts = np.unique([game for game, _ in scores], return_counts=True)
+    return np.array([scores[cell] for cell in sorted(scores)]), games, counts
+
+
+def game_means(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[r, n] -> [r, g]"""
+    return np.add.reduceat(x, np.cumsum(counts) - counts, axis=1) / counts
+
+
+def interquartile_mean(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[r, n] -> [r]"""
+    if (counts == counts[0]).all():
+        cut = x.shape[1] // 4
+        return np.sort(x, axis=1)[:, cut : x.shape[1] - cut].mean(axis=1)
+    order = np.argsort(x, axis=1)
+    weights = np.repeat(1 / counts, counts)[order]  # [r, n], those of a game sum to 1
+    quarter = len(counts) / 4
+    kept = np.diff(weights.cumsum(axis=1).clip(quarter, 3 * quarter), axis=1, prepend=quarter)  # [r, n]
+    return (kept * np.take_along_axis(x, order, axis=1)).sum(axis=1) / (2 * quarter)
+
+
+def bootstrap(statistics: Callable, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Values and ends of the intervals, [3, s]. `statistics` maps indices of scores, int [r, n], to [s, r]."""
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # [n], index of the first score of the same game
+    size = np.repeat(counts, counts).astype(np.float32)  # [n], number of scores of the same game
+    n = len(first)
+    value = statistics(np.arange(n)[None])[:, 0]  # each score once
+    samples = np.empty((len(value), resamples))
+    rng = np.random.default_rng(seed)
+    chunk = 1 + 2**15 // n  # resamples at a time: 256 KB, which stay in the processor's cache
+    for i in range(0, resamples, chunk):
+        part = samples[:, i : i + chunk]
+        uniform = rng.random((part.shape[1], n), np.float32)
+        part[:] = statistics(first + (uniform * size).astype(int))
+    return np.stack([value, *np.percentile(samples, [2.5, 97.5], axis=1)])
+
+
+def estimate(scores: Scores, resamples: int, seed: int) -> dict[str, dict]:
+    """STATISTICS and the profile, each with its interval."""
+    x, games, counts = by_game(scores)
+    in_mean = (games != NOT_IN_MEAN) | (len(games) == 1)
+    weights = np.repeat(1 / (counts * len(counts)), counts)  # [n]
+    taus_below = np.searchsorted(TAU, x)  # [n], number of taus that a score is above
+    bins = len(TAU) + 1
+
+    def statistics(drawn: np.ndarray) -> np.ndarray:
+        r, scores = len(drawn), x.take(drawn)
+        iqm = interquartile_mean(scores, counts)
+        means = game_means(scores, counts)
+        median, mean = np.median(means, axis=1), means[:, in_mean].mean(axis=1)
+        gap = 1 - game_means(np.minimum(scores, 1), counts).mean(axis=1)
+        bin_of = np.arange(r)[:, None] * bins + taus_below.take(drawn)
+        histogram = np.bincount(bin_of.ravel(), np.tile(weights, r), r * bins).reshape(r, bins)
+        profile = histogram[:, :0:-1].cumsum(axis=1)[:, ::-1]  # [r, taus], weight above each tau
+        return np.concatenate([[iqm, median, mean, gap], profile.T])
+
+    found = bootstrap(statistics, counts, resamples, seed)
+    estimates = {name: dict(zip(ENDS, found[:, i].tolist(), strict=True)) for i, name in enumerate(STATISTICS)}
+    return estimates | {"profile": dict(zip(ENDS, found[:, len(STATISTICS) :].tolist(), strict=True))}
+
+
+def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, float]:
+    """P(X > Y) over the games that both have."""
+    common = {game for game, _ in x} & {game for game, _ in y}
+    x, games, n = by_game({cell: score for cell, score in x.items() if cell[0] in common})
+    y, _, m = by_game({cell: score for cell, score in y.items() if cell[0] in common})
+    wins = (x[:, None] > y) + (x[:, None] == y) / 2  # [len(x), len(y)]
+    wins *= np.repeat(games, n)[:, None] == np.repeat(games, m)  # pairs of the same game
+    wins /= np.repeat(len(games) * n * m, n)[:, None]  # summed, they give the mean over the games of the pairs' mean
+
+    def statistics(drawn: np.ndarray) -> np.ndarray:
+        cells = np.arange(len(drawn))[:, None] * drawn.shape[1] + drawn
+        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)  # that each score was drawn
+        times_x, times_y = np.split(times.astype(float), [len(x)], axis=1)
+        return (times_x @ wins * times_y).sum(axis=1)[None]
+
+    found = bootstrap(statistics, np.concatenate([n, m]), resamples, seed)
+    return dict(zip(ENDS, found[:, 0].tolist(), strict=True))
 
 
 # === games [shared] ===================================================================================================
@@ -74,15 +162,15 @@ ID_GAMES = tuple(  # the 50 games of pre-training
 )
 NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
 FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
-TABLE_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
+DQN_REPLAY_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
 
 
-def parse_game(name: str) -> str:
-    """ALE's name of a game given as `ms_pacman` or `MsPacman`."""
-    games = {game.replace("_", ""): game for game in sorted(ID_GAMES + NEAR_OOD_GAMES + FAR_OOD_GAMES)}
-    if name.replace("_", "").lower() not in games:
-        raise SystemExit(f"Unknown game {name!r}. Known are: {' '.join(games.values())}")
-    return games[name.replace("_", "").lower()]
+def parse_game(name: str, games: list[str]) -> str:
+    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`."""
+    names = {game.replace("_", ""): game for game in games}
+    if name.replace("_", "").lower() not in names:
+        raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
+    return names[name.replace("_", "").lower()]
 
 
 # === scores [shared] ==================================================================================================
@@ -121,255 +209,11 @@ def normalize(game: str, score: float) -> float:
     return (score - low) / (high - low + 1e-6)
 
 
-# === files [shared] ===================================================================================================
-@contextmanager
-def atomic_write(path: Path):
-    """A file to write that takes the place of `path` in one move once it is complete, and vanishes on an error."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f".{path.name}.*.tmp"):
-            with suppress(FileNotFoundError):
-                if time.time() - other.stat().st_mtime > 3600:  # what a process was writing as it was killed
-                    other.unlink()
-        with open(temporary, "wb") as file:
-            yield file
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{path} cannot be written ({error!r}).") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def check_writable(folder: Path) -> None:
-    """Ends the program if no file could be written into a folder that is there or is to be made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise SystemExit(f"{folder} cannot be written: {existing} is no folder, or a protected one. Choose another.")
-
-
-# === numbers [shared] =================================================================================================
-def check_numbers(args, at_least_0: str, at_least_1: str) -> None:
-    """Ends the program if one of the arguments of these names is less or not finite; --max-grad-norm may be inf."""
-    for least, names in enumerate((at_least_0, at_least_1)):
-        for name in names.split():
-            value = getattr(args, name)
-            limit = math.inf if isinstance(value, float) else 2**63
-            if not least <= value < limit and (name, value) != ("max_grad_norm", math.inf):
-                raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, and below {limit}.")
-
-
-# === reading ==========================================================================================================
+# === results ==========================================================================================================
 KEYS = ("suite", "method", "game", "seed", "score")
-Scores = dict[tuple[str, int], float]  # a method's normalised scores, by (game, seed)
-
-
-def parse(where: str, record: dict) -> tuple[tuple[str, str, str, int], float]:
-    """(suite, method, game, seed) and the normalised score of a record that stands at `where`."""
-    texts = {key: str(record[key]).strip() for key in KEYS if record.get(key) is not None}
-    if absent := [key for key in KEYS if not texts.get(key)]:
-        raise SystemExit(f"{where} has no {', '.join(absent)}. A score needs {', '.join(KEYS)}.")
-    suite, method, game, seed, score = texts.values()
-    try:
-        game = parse_game(game)
-        key, normalized = (suite, method, game, int(seed)), normalize(game, float(score))
-    except SystemExit as error:
-        raise SystemExit(f"{where}: {error}") from None
-    except ValueError:
-        normalized = math.nan
-    if not math.isfinite(normalized):
-        raise SystemExit(f"{where}: seed {seed} must be an integer and score {score} a finite number.")
-    return key, normalized
-
-
-def read_results(folder: Path) -> Iterable[tuple[str, dict]]:
-    """Every result file's path and content, which agree."""
-    if not folder.is_dir():
-        raise SystemExit(f"There is no folder {folder}. Fine-tune first, or say where scores are: --results or --csv.")
-    for path in sorted(folder.glob("*/*/*/seed*.json")):
-        try:
-            record = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise SystemExit(f"{path} cannot be read ({error}). Delete it and evaluate again.") from error
-        in_path = dict(zip(KEYS, (*path.parts[-4:-1], path.stem.removeprefix("seed")), strict=False))
-        if parse(f"{path}", record) != parse(f"{path}", record | in_path):
-            content = ", ".join(f"{key} {record[key]}" for key in in_path)
-            raise SystemExit(f"{path} does not fit its path, it holds {content}. Move it to where that belongs.")
-        yield f"{path}", record
-
-
-def read_csv(path: Path) -> Iterable[tuple[str, dict]]:
-    """Every row of a table, and where it stands."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            if absent := [key for key in KEYS if key not in (reader.fieldnames or ())]:
-                raise SystemExit(f"{path} lacks columns {', '.join(absent)}. Line 1 must name {', '.join(KEYS)}.")
-            for record in reader:
-                yield f"{path}, line {reader.line_num}", record
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"{path} cannot be read as CSV ({error}).") from error
-
-
-def load(args: Args) -> dict[str, dict[str, Scores]]:
-    """The scores to show, as [suite][method][game, seed]."""
-    suites, places = {}, {}
-    for where, record in read_csv(args.csv) if args.csv else read_results(args.results):
-        key, score = parse(where, record)
-        if key in places:
-            raise SystemExit(f"{where} repeats {' '.join(map(str, key))} of {places[key]}. Remove one of the two.")
-        places[key] = where
-        suite, method, *cell = key
-        suites.setdefault(suite, {}).setdefault(method, {})[tuple(cell)] = score
-    if not suites:
-        raise SystemExit(f"No results found in {args.csv or args.results / '<suite>/<method>/<game>/seed<k>.json'}.")
-    suites = {suite: suites[suite] for suite in choose("--suites", args.suites, suites, [])}
-    order = choose("--methods", args.methods, set().union(*suites.values()), list(GROUP_OF))
-    suites = {suite: {method: of[method] for method in order if method in of} for suite, of in suites.items()}
-    return {suite: methods for suite, methods in suites.items() if methods}
-
-
-def choose(option: str, wanted: tuple[str, ...], found: Iterable[str], first: list[str]) -> list[str]:
-    """What an option asks for, in its order; if it asks for nothing, all that was found, `first` first."""
-    if unknown := [name for name in wanted if name not in found]:
-        raise SystemExit(f"{option}: there are no scores of {', '.join(unknown)}, only of {', '.join(sorted(found))}.")
-    return list(dict.fromkeys(wanted)) or [name for name in first if name in found] + sorted(set(found) - set(first))
-
-
-def reference(args: Args, suites: dict[str, dict[str, Scores]]) -> str:
-    """The method that the others are compared with; none, if it has a game in common with none of them."""
-    over = args.improvement_over or "random"
-    if args.improvement_over:
-        choose("--improvement-over", (over,), set().union(*suites.values()), [])
-    for methods in suites.values():
-        games = {game for game, _ in methods.get(over, ())}
-        if any(game in games for method, scores in methods.items() if method != over for game, _ in scores):
-            return over
-    if args.improvement_over:
-        raise SystemExit(f"--improvement-over: {over} has no game in common with another method of its suite.")
-    return ""
-
-
-def lacks(methods: dict[str, Scores]) -> dict[str, str]:
-    """What methods lack that others have: {"curl": "seed 0, 1 of alien, pong; seed 2 of qbert"}."""
-    cells, found = sorted(set().union(*methods.values())), {}
-    for method, scores in methods.items():
-        seeds, games = {}, {}  # the seeds a game lacks, the games that lack these seeds
-        for game, seed in cells:
-            if (game, seed) not in scores:
-                seeds[game] = f"{seeds[game]}, {seed}" if game in seeds else f"seed {seed}"
-        for game, which in seeds.items():
-            games.setdefault(which, []).append(game)
-        if games:
-            found[method] = "; ".join(f"{which} of {', '.join(names)}" for which, names in games.items())
-    return found
-
-
-# === statistics =======================================================================================================
-STATISTICS = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap"}
-ENDS = ("value", "low", "high")  # an estimate, and its interval's ends
-TAU = np.arange(101) / 50  # of the profiles
-
-
-def has_range(game: str) -> bool:
-    """Whether low and high differ; of montezuma_revenge they do not, and a score above 0 counts as something huge."""
-    return SCORES[game][0] != SCORES[game][1]
-
-
-def trimmed_mean(scores: np.ndarray, cut: int) -> np.ndarray:
-    """The mean of every row of [r, n] without its `cut` least and greatest (NumPy sorts faster than it partitions)."""
-    return np.sort(scores, axis=1)[:, cut : scores.shape[1] - cut].mean(axis=1)
-
-
-def aggregate(scores: np.ndarray, counts: np.ndarray, in_mean: np.ndarray) -> np.ndarray:
-    """STATISTICS [4, r] of every row of [r, n]: counts[0] scores of the first game, counts[1] of the second, ...
-
-    in_mean bool [games] says which games the mean is over; of none it is NaN.
-    """
-    game_means = np.add.reduceat(scores, np.cumsum(counts) - counts, axis=1) / counts  # [r, games]
-    iqm = trimmed_mean(scores, scores.shape[1] // 4)
-    median = trimmed_mean(game_means, (len(counts) - 1) // 2)  # all but the one or two in the middle are cut
-    mean = game_means[:, in_mean].mean(axis=1) if in_mean.any() else np.full(len(scores), np.nan)
-    return np.stack([iqm, median, mean, 1 - np.minimum(scores, 1).mean(axis=1)])
-
-
-def bootstrap(statistics: Callable, counts: np.ndarray, resamples: int, seed: int) -> list[dict[str, float | None]]:
-    """Value, low and high end (None: undefined) of each of `statistics`, of sum(counts) = n scores, a game's together.
-
-    It maps which scores are drawn, int [r, n], to [statistics, r]; counts [games] says how many are of each game.
-    """
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # [n], where the scores of every score's game begin
-    size = np.repeat(counts, counts).astype(np.float32)  # [n], how many they are
-    value = statistics(np.arange(len(first))[None])[:, 0]  # each of the scores once
-    rng, samples = np.random.default_rng(seed), np.empty((len(value), resamples))
-    chunk = 1 + 2**15 // len(first)  # resamples at a time: 256 KB, which stay in the processor's cache
-    for i in range(0, resamples, chunk):
-        part = samples[:, i : i + chunk]
-        part[:] = statistics(first + (rng.random((part.shape[1], len(first)), np.float32) * size).astype(int))
-    low, high = np.percentile(samples, [2.5, 97.5], axis=1)
-    rows = [[None if math.isnan(end) else end for end in row] for row in np.stack([value, low, high], axis=1).tolist()]
-    return [dict(zip(ENDS, row, strict=True)) for row in rows]
-
-
-def by_game(scores: Scores) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """The scores [n], game by game, the games, and how many scores each has, [games]."""
-    games, counts = np.unique([game for game, _ in scores], return_counts=True)
-    return np.array([scores[cell] for cell in sorted(scores)]), games.tolist(), counts
-
-
-def estimate(scores: Scores, resamples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Estimates of STATISTICS, a function of these scores and the seed alone."""
-    x, games, counts = by_game(scores)
-    in_mean = np.array([has_range(game) for game in games])
-    rows = bootstrap(lambda drawn: aggregate(x.take(drawn), counts, in_mean), counts, resamples, seed)
-    return dict(zip(STATISTICS, rows, strict=True))
-
-
-def profile(scores: Scores) -> dict[str, list[float]]:
-    """The share of the scores above each of TAU, and its interval's ends, each [taus].
-
-    A score drawn for a game is above tau with the chance q that any of the game's scores is. With F(k) the chance that
-    at most k of those drawn so far are above, one more makes it (1 - q) F(k) + q F(k - 1).
-    """
-    x, _, counts = by_game(scores)
-    above = x[:, None] > TAU  # [n, taus]
-    chances = np.add.reduceat(above, np.cumsum(counts) - counts, axis=0, dtype=float) / counts[:, None]  # [games, taus]
-    at_most = np.ones((len(x) + 1, len(TAU)))  # F(k)
-    for chance in np.repeat(chances, counts, axis=0):
-        at_most -= chance * np.diff(at_most, axis=0, prepend=0)
-    low, high = ((at_most < end).sum(axis=0) / len(x) for end in (0.025, 0.975))
-    return dict(zip(ENDS, (above.mean(axis=0).tolist(), low.tolist(), high.tolist()), strict=True))
-
-
-def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, float | None]:
-    """Estimate of the probability of improvement of X over Y, on the games that both have."""
-    common = {game for game, _ in x} & {game for game, _ in y}
-    (xs, games, n), (ys, _, m) = (by_game({cell: of[cell] for cell in of if cell[0] in common}) for of in (x, y))
-    of_x, of_y = (np.repeat(np.arange(len(games)), counts) for counts in (n, m))  # the games of the scores, as numbers
-    same, before = of_x[:, None] == of_y, of_x[:, None] > of_y  # [len(xs), len(ys)]
-    # A draw says which of its game's ys it is, from the least on: all are equally probable, so none need be sorted.
-    less = (before | same & (ys < xs[:, None])).sum(axis=1)  # [len(xs)], where the ys that a score beats end, and
-    up_to = less + (same & (ys == xs[:, None])).sum(axis=1)  # where those equal to it do
-    starts = np.repeat(np.cumsum(m) - m, n)  # [len(xs)], where the ys of a score's game begin
-    weights = np.repeat(1 / (n * m * len(games)), n)  # [len(xs)], to the mean of a game's pairs, and of the games
-
-    def probability(drawn: np.ndarray) -> np.ndarray:  # [r, len(xs) + len(ys)] -> [1, r]
-        row, (of_xs, of_ys) = np.arange(len(drawn))[:, None], np.split(drawn, [len(xs)], axis=1)
-        cells = row * len(ys) + of_ys - len(xs)
-        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)  # how often each of ys got drawn
-        ahead = np.pad(times.cumsum(axis=1), ((0, 0), (1, 0)))  # [r, len(ys) + 1], draws among the first k of ys
-        row *= len(ys) + 1
-        beaten = (ahead.take(row + less[of_xs]) + ahead.take(row + up_to[of_xs])) / 2 - starts  # a tie is half a win
-        return (beaten * weights).sum(axis=1)[None]  # no @: on busy cores BLAS's threads wait long for each other
-
-    return bootstrap(probability, np.concatenate([n, m]), resamples, seed)[0]
-
-
-# === report ===========================================================================================================
 SPLITS = {"ID": ID_GAMES, "near-OOD": NEAR_OOD_GAMES, "far-OOD": FAR_OOD_GAMES}
 SPLITS["all"] = ID_GAMES + NEAR_OOD_GAMES + FAR_OOD_GAMES
-GROUPS = {  # the paper's methods, in the order to show them, by what they learn from
+GROUPS = {  # the paper's methods, by what they learn from, in the order of the tables
     "baseline": "random e2e".split(),
     "image": "curl mae".split(),
     "video": "atc siammae r3m".split(),
@@ -377,188 +221,264 @@ GROUPS = {  # the paper's methods, in the order to show them, by what they learn
     "trajectory": "dt cql_mse cql".split(),
 }
 GROUP_OF = {method: group for group, methods in GROUPS.items() for method in methods}
+# What older results and tables lack: smoke tests are on random play or have a shortened evaluation; `backbone` is a
+# digest of the pre-trained weights, `data` the source of the fine-tuning data; `pretraining` has step and total_steps.
+UNKNOWN = {"smoke_test": False, "backbone": None, "data": None, "pretraining": None}
+
+
+def parse(place: str, record: dict) -> dict:
+    """A result with its normalised score x."""
+    absent = [key for key in KEYS if record.get(key) in (None, "")]
+    if absent:
+        raise SystemExit(f"{place} lacks {', '.join(absent)}.")
+    try:
+        game, seed = parse_game(record["game"], SPLITS["all"]), int(record["seed"])
+        x = normalize(game, float(record["score"]))
+    except (ValueError, SystemExit) as error:
+        raise SystemExit(f"{place}: {error}") from error
+    if not np.isfinite(x):
+        raise SystemExit(f"{place}: the score is {record['score']}.")
+    return UNKNOWN | record | {"place": place, "game": game, "seed": seed, "x": x}
+
+
+def read(args: Args) -> list[dict]:
+    if args.csv:
+        with open(args.csv, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            return [parse(f"{args.csv}, line {reader.line_num}", {key: row.get(key) for key in KEYS}) for row in reader]
+    results = []
+    for path in sorted(args.results.glob("*/*/*/seed*.json")):
+        try:
+            results.append(parse(f"{path}", json.loads(path.read_text())))
+        except ValueError as error:
+            raise SystemExit(f"{path} is damaged ({error}). Delete it and evaluate again.") from error
+    return results
+
+
+def choose(option: str, wanted: tuple[str, ...], found: set[str], first: Iterable[str] = ()) -> list[str]:
+    """What an option asks for, in its order. If it asks for nothing: all that was found, `first` first."""
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        raise SystemExit(f"{option}: no scores of {', '.join(unknown)}, only of {', '.join(sorted(found))}.")
+    return list(wanted) or [name for name in first if name in found] + sorted(found - set(first))
+
+
+def load(args: Args) -> list[dict]:
+    """The results to show, in the order of the report."""
+    results, places = read(args), {}
+    for result in results:
+        key = tuple(result[name] for name in KEYS[:4])
+        if key in places:
+            raise SystemExit(f"{result['place']} repeats {places[key]}. Remove one of the two.")
+        places[key] = result["place"]
+    suites = choose("--suites", args.suites, {result["suite"] for result in results})
+    methods = choose("--methods", args.methods, {result["method"] for result in results}, GROUP_OF)
+    results = [result for result in results if result["suite"] in suites and result["method"] in methods]
+    if not results:
+        raise SystemExit(f"No results found in {args.csv or args.results / '<suite>/<method>/<game>/seed<k>.json'}.")
+    return sorted(results, key=lambda result: (suites.index(result["suite"]), methods.index(result["method"])))
+
+
+def by(key: str, results: list[dict]) -> dict[str, list[dict]]:
+    groups = {}
+    for result in results:
+        groups.setdefault(result[key], []).append(result)
+    return groups
+
+
+def missing(results: list[dict]) -> dict[str, str]:
+    """What methods of a suite lack: {"curl": "0 of 3 seeds of pong; 1 of 3 seeds of alien, qbert"}."""
+    counts = Counter((result["method"], result["game"]) for result in results)
+    games, most = sorted(by("game", results)), max(counts.values())
+    lacking = {}
+    for method in by("method", results):
+        for n in range(most):
+            few = [game for game in games if counts[method, game] == n]
+            if few:
+                lacking.setdefault(method, []).append(f"{n} of {most} seeds of {', '.join(few)}")
+    return {method: "; ".join(parts) for method, parts in lacking.items()}
+
+
+def mixed(results: list[dict]) -> list[str]:
+    """Where results of a suite differ in what they should have in common, with an example of each value."""
+    groups = [("smoke_test", "", results)]
+    for method, of_method in by("method", results).items():
+        groups += [(name, f", {method}", of_method) for name in ("backbone", "data", "pretraining")]
+    lines = []
+    for name, method, group in groups:
+        examples = {json.dumps(result[name]): result["place"] for result in group}
+        if len(examples) > 1:
+            values = ", but ".join(f"{value} in {place}" for value, place in examples.items())
+            lines.append(f"{group[0]['suite']}{method}: {name} is {values}.")
+    return lines
+
+
+# === report ===========================================================================================================
+def estimate_all(results: list[dict], args: Args, over: str, title: str) -> dict[str, dict[str, dict]]:
+    """The estimates of each method."""
+    scores, estimates = {}, {}
+    for result in results:
+        scores.setdefault(result["method"], {})[result["game"], result["seed"]] = result["x"]
+    for method in tqdm(scores, title, unit="method", leave=False):
+        estimates[method] = estimate(scores[method], args.resamples, args.seed)
+        common = {game for game, _ in scores[method]} & {game for game, _ in scores.get(over, ())}
+        if common and method != over:
+            estimates[method]["improvement"] = improvement(scores[method], scores[over], args.resamples, args.seed)
+    return estimates
+
+
+def describe(results: list[dict], split: str) -> dict:
+    """What the estimates of a split rest on."""
+    counts = Counter((result["method"], result["game"]) for result in results)
+    games, least, most = by("game", results), min(counts.values()), max(counts.values())
+    seeds = f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
+    lacking = missing(results)
+    notes = [f"{method}* has only {what}." for method, what in lacking.items()]
+    if least < most:
+        notes.append("Each game weighs the same, whatever its number of seeds.")
+    if least == 1:
+        notes.append("Games with a single seed add nothing to the width of an interval.")
+    if NOT_IN_MEAN in games and len(games) > 1:
+        notes.append(f"The mean leaves out {NOT_IN_MEAN}: its random score is its reference score.")
+    smoke_test = any(result["smoke_test"] for result in results)
+    if smoke_test:
+        notes.append("Smoke tests, on random play or with a shortened evaluation, do not tell how good a method is.")
+    notes += [f"Mixed: {line}" for line in mixed(results)]
+    for result in results:
+        done = result["pretraining"]
+        if done and done["step"] < done["total_steps"]:
+            steps = f"step {done['step']:,} of {done['total_steps']:,}"
+            notes.append(f"{result['method']}: pre-training is unfinished, at {steps}.")
+    coverage = f"{len(games)} of {len(SPLITS[split])} games, {seeds}"
+    return {"coverage": coverage, "marked": list(lacking), "smoke_test": smoke_test, "notes": [*dict.fromkeys(notes)]}
+
+
+def as_markdown(title: str, estimates: dict, facts: dict, over: str) -> str:
+    """A table with aligned columns, its coverage above, its notes below."""
+    columns = dict(STATISTICS)
+    if any("improvement" in row for row in estimates.values()):
+        columns["improvement"] = f"P(> {over})"
+    width = 1 + max(len("method"), *map(len, estimates))
+    lines = [f"## {title}{', smoke test' * facts['smoke_test']}: {facts['coverage']}", ""]
+    lines += [f"| {'method':{width}} | learns from   | {' | '.join(f'{name:>24}' for name in columns.values())} |"]
+    lines += [f"| {'-' * width} | {'-' * 13} | {' | '.join(['-' * 23 + ':'] * len(columns))} |"]
+    for method, row in estimates.items():
+        name = method + "*" * (method in facts["marked"])
+        cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[c]) if c in row else "-" for c in columns]
+        cells = " | ".join(f"{cell:>24}" for cell in cells)
+        lines += [f"| {name:{width}} | {GROUP_OF.get(method, 'other'):13} | {cells} |"]
+    for note in facts["notes"]:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+# === figures ==========================================================================================================
 SHADES = {"baseline": "Greys", "image": "Blues", "video": "Greens", "demonstration": "Oranges", "trajectory": "Purples"}
 SHADES["other"] = "RdPu"  # of methods that are not the paper's
 
 
-def about(split: str, methods: dict[str, Scores], over: str) -> dict:
-    """What the estimates on a split rest on."""
-    marked, cells = lacks(methods), sorted(set().union(*methods.values()))
-    counts = Counter(game for game, _ in cells)  # seeds of each game
-    least, most = min(counts.values()), max(counts.values())
-    seeds = "1 seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"
-    notes = [f"{method}* lacks {what}." for method, what in marked.items()]
-    if marked and over in methods:
-        notes.append(f"P(> {over}) is over the games that a method has in common with {over}.")
-    notes += [f"The mean leaves out {g}: its random score is its reference score." for g in counts if not has_range(g)]
-    if least == 1:
-        single = list(counts.values()).count(1)
-        notes.append(f"Games with a single seed ({single} of {len(counts)}) add nothing to the width of the intervals.")
-    return {
-        "coverage": f"{len(counts)} of {len(SPLITS[split])} games, {seeds}",
-        "games": list(counts),
-        "seeds": sorted({seed for _, seed in cells}),
-        "marked": list(marked),
-        "notes": notes,
-    }
+def colours(methods: set[str]) -> dict[str, tuple]:
+    """A colour for each method, a shade of its group's. The paper's methods always have the same."""
+    found = {}
+    for group, members in (GROUPS | {"other": sorted(methods - GROUP_OF.keys())}).items():
+        shades = np.linspace(0.4, 0.9, max(len(members), 2))
+        for method, shade in zip(members, shades, strict=False):
+            found[method] = matplotlib.colormaps[SHADES[group]](shade)
+    return found
 
 
-def as_markdown(heading: str, estimates: dict, facts: dict, over: str) -> str:
-    """A table with aligned columns, its coverage above, its notes below."""
-    columns = STATISTICS | ({"improvement": f"P(> {over})"} if over else {})
-    lines = [["method", "learns from", *columns.values()]]
-    for method, row in estimates.items():
-        ends = [row.get(name, {"value": None}).values() for name in columns]
-        numbers = ["-" if None in e else "{:.3f} [{:.3f}, {:.3f}]".format(*e) for e in ends]
-        lines.append([method + "*" * (method in facts["marked"]), GROUP_OF.get(method, "other"), *numbers])
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])] for line in lines]
-    lines.insert(1, [*("-" * width for width in widths[:2]), *("-" * (width - 1) + ":" for width in widths[2:])])
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([f"## {heading}: {facts['coverage']}", rows, *facts["notes"]]) + "\n"
-
-
-# === figures ==========================================================================================================
-def colours(results: dict) -> dict[str, tuple]:
-    """A colour for each method, a shade of its group's; the paper's methods always have the same."""
-    groups = GROUPS | {"other": sorted({m for of in results.values() for m in of["all"]} - GROUP_OF.keys())}
-    shades = {group: np.linspace(0.4, 0.9, max(len(methods), 2)) for group, methods in groups.items()}
-    return {
-        method: matplotlib.colormaps[SHADES[group]](shade)
-        for group, methods in groups.items()
-        for method, shade in zip(methods, shades[group], strict=False)
-    }
-
-
-def panels(results: dict, facts: dict, heights: list[float], caption: str) -> tuple[Figure, list[tuple]]:
-    """A figure with a row for each suite, so high in inches, and a panel for each split: all (suite, split, panel)."""
-    columns = [split for split in SPLITS if any(split in splits for splits in results.values())]
-    longest = max(len(method) for splits in results.values() for method in splits["all"])
-    width = 0.5 + 2.5 * len(columns) + 0.08 * longest
-    figure, found = Figure((max(width, 6.5), 0.6 + sum(heights)), layout="constrained"), []
-    if any(splits["all"]["marked"] for splits in facts.values()):
-        caption += "; *: some games or seeds are missing"
-    figure.supxlabel(caption, fontsize=9, parse_math=False)
-    rows = figure.subfigures(len(results), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for suite, row in zip(results, rows, strict=True):
-        row.suptitle(suite, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
-        for split, panel in zip(columns, row.subplots(1, len(columns), squeeze=False)[0], strict=True):
+def draw(tables: dict, facts: dict, name: str, caption: str) -> Figure:
+    """The estimates of this name: a row of panels for each suite, a panel for each split."""
+    shown = {suite: [m for m, row in splits["all"].items() if name in row] for suite, splits in tables.items()}
+    shown = {suite: methods for suite, methods in shown.items() if methods}
+    colour_of = colours(set().union(*shown.values()))
+    style_of = dict(zip(colour_of, itertools.cycle(("-", "--", ":", "-.")), strict=False))  # shades alone are alike
+    heights = [2.6 if name == "profile" else 1 + 0.25 * len(methods) for methods in shown.values()]
+    figure, legend = Figure((11.5, 0.6 + sum(heights)), layout="constrained"), {}
+    if any(of["all"]["marked"] for of in facts.values()):
+        caption += "; *: lacks games or seeds"
+    figure.supxlabel(caption, fontsize=9)
+    rows = figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (suite, methods), row in zip(shown.items(), rows, strict=True):
+        title = suite + ", smoke test" * facts[suite]["all"]["smoke_test"]
+        row.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        panels = row.subplots(1, len(tables[suite]), sharey=True, squeeze=False)[0]
+        for split, panel in zip(tables[suite], panels, strict=True):
+            panel.set_title(f"{split}\n{facts[suite][split]['coverage']}", fontsize=8, loc="left")
             panel.spines[["top", "right", "left"]].set_visible(False)
             panel.tick_params(labelsize=8, left=False)
-            if split in results[suite]:
-                panel.set_title(f"{split}\n{facts[suite][split]['coverage']}", fontsize=8, loc="left")
-                found.append((suite, split, panel))
+            if name == "profile":
+                panel.set(xlim=(TAU[0], TAU[-1]), ylim=(0, 1.02))
             else:
-                panel.set_axis_off()
-    return figure, found
-
-
-def draw_rows(results: dict, facts: dict, name: str, line: float, caption: str) -> Figure:
-    """A row for each method, with the estimate of that name and its interval, by groups; a line at what is neutral."""
-    orders = {suite: [m for m, row in of["all"].items() if name in row] for suite, of in results.items()}
-    orders = {suite: order for suite, order in orders.items() if order}
-    results = {suite: results[suite] for suite in orders}
-    figure, found = panels(results, facts, [1.0 + 0.25 * len(order) for order in orders.values()], caption)
-    colour_of, labelled = colours(results), set()
-    for suite, split, panel in found:
-        order, row_of = orders[suite], results[suite][split]
-        groups = [GROUP_OF.get(method, "other") for method in order]
-        for y, method in enumerate(order):
-            if y and groups[y] != groups[y - 1]:
-                panel.axhline(y - 0.5, color="lightgray", linewidth=0.6)
-            if name not in row_of.get(method, ()):
-                continue
-            value, low, high = row_of[method][name].values()
-            panel.barh(y, value - line, left=line, color=colour_of[method])
-            edge = withStroke(linewidth=2.4, foreground="white")  # also seen on a dark bar
-            panel.plot([low, high], [y, y], color="black", linewidth=1.2, path_effects=[edge])
-            mark = "*" * (method in facts[suite][split]["marked"])
-            panel.text(max(value, high, line), y, f" {value:.2f}{mark}", va="center", fontsize=7)
-        panel.axvline(line, color="black", linewidth=0.8)
-        panel.margins(x=0.2)
-        panel.locator_params("x", nbins=6)
-        panel.set_ylim(len(order) - 0.5, -0.5)
-        labels = [] if suite in labelled else order
-        labelled.add(suite)
-        panel.set_yticks(range(len(labels)), labels, parse_math=False)
-    shown = {GROUP_OF.get(method, "other") for order in orders.values() for method in order}
-    middle = {group: matplotlib.colormaps[shades](0.65) for group, shades in SHADES.items() if group in shown}
-    handles = [Patch(color=colour, label=group) for group, colour in middle.items()]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False)
-    return figure
-
-
-def draw_profiles(results: dict, facts: dict) -> Figure:
-    """Performance profiles: a line for each method, a band its interval."""
-    caption = "x: DQN-normalised score; y: share of runs above it; bands: 95% stratified bootstrap intervals"
-    figure, found = panels(results, facts, [2.6] * len(results), caption)
-    colour_of, lines = colours(results), {}
-    styles = itertools.cycle(("-", "--", ":", "-."))  # beside the colours: the shades of a group are alike
-    style_of = dict(zip(colour_of, styles, strict=False))
-    for suite, split, panel in found:
-        for method, row in results[suite][split].items():
-            value, low, high = row["profile"].values()
-            colour, style = colour_of[method], style_of[method]
-            (lines[method],) = panel.plot(TAU, value, style, color=colour, linewidth=1.2)
-            panel.fill_between(TAU, low, high, color=colour, alpha=0.12, linewidth=0)
-        panel.set_xlim(TAU[0], TAU[-1])
-        panel.set_ylim(0, 1.02)
-    order = [method for method in colour_of if method in lines]
-    handles = [lines[method] for method in order]
-    legend = figure.legend(handles, order, loc="outside right upper", fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+                panel.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
+                panel.use_sticky_edges = False  # space for the numbers beside the bars
+                panel.margins(x=0.2)
+                if name == "improvement":
+                    panel.axvline(0.5, color="gray", linewidth=0.8)
+            for y, method in enumerate(methods):
+                if name not in tables[suite][split].get(method, ()):
+                    continue
+                (value, low, high), colour = tables[suite][split][method][name].values(), colour_of[method]
+                if name == "profile":
+                    panel.fill_between(TAU, low, high, color=colour, alpha=0.12, linewidth=0)
+                    (legend[method],) = panel.plot(TAU, value, style_of[method], color=colour, linewidth=1.2)
+                else:  # a bar from low to high, a dot at the value
+                    legend[GROUP_OF.get(method, "other")] = panel.barh(y, high - low, left=low, color=colour)
+                    panel.plot(value, y, "o", color="white", markeredgecolor="black", markersize=4)
+                    mark = "*" * (method in facts[suite][split]["marked"])
+                    panel.text(max(value, high), y, f"  {value:.2f}{mark}", va="center", fontsize=7)
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 # === main =============================================================================================================
 def report(args: Args) -> None:
-    check_numbers(args, "seed", "resamples")
-    check_writable(args.output_dir)
-    suites = load(args)
-    lacking = [f"{s}: {method} lacks {cells}." for s, of in suites.items() for method, cells in lacks(of).items()]
-    if lacking and not args.allow_missing:
-        advice = "Others of the suite have these. Evaluate them, choose other --methods, or accept it: --allow-missing"
-        raise SystemExit("\n".join([*lacking, advice]))
+    if args.resamples < 1:
+        raise SystemExit("--resamples must be at least 1.")
+    results = load(args)
+    suites, methods = by("suite", results), set(by("method", results))
+    for suite, of_suite in suites.items():
+        lines = mixed(of_suite)
+        if lines and not args.allow_mixed:
+            raise SystemExit(f"{lines[0]} Evaluate one of them again, choose other --methods, or use --allow-mixed.")
+        lines = [f"{suite}: {method} has only {what}." for method, what in missing(of_suite).items()]
+        if lines and not args.allow_missing:
+            raise SystemExit("\n".join([*lines, "Evaluate the rest, choose other --methods, or use --allow-missing."]))
+    over = args.improvement_over or "random" * ("random" in methods)
+    choose("--improvement-over", (over,) if over else (), methods)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    over = reference(args, suites)
-    results, facts, text = {suite: {} for suite in suites}, {suite: {} for suite in suites}, ""
-    for suite, methods in suites.items():
-        for split, games in SPLITS.items():
-            scores = {method: {cell: of[cell] for cell in of if cell[0] in games} for method, of in methods.items()}
-            if not any(scores.values()):
-                continue
-            estimates = {}
-            for method, of in scores.items():
-                if of:
-                    estimates[method] = estimate(of, args.resamples, args.seed) | {"profile": profile(of)}
-                if method != over and {game for game, _ in of} & {game for game, _ in scores.get(over, ())}:
-                    estimates[method]["improvement"] = improvement(of, scores[over], args.resamples, args.seed)
-            results[suite][split], facts[suite][split] = estimates, about(split, scores, over)
-            compared = over if any("improvement" in row for row in estimates.values()) else ""
-            text += as_markdown(f"{suite}, {split}", estimates, facts[suite][split], compared) + "\n"
+    tables, facts, text = {suite: {} for suite in suites}, {suite: {} for suite in suites}, ""
+    for suite, split in itertools.product(suites, SPLITS):
+        of_split = [result for result in suites[suite] if result["game"] in SPLITS[split]]
+        if of_split:
+            tables[suite][split] = estimate_all(of_split, args, over, f"{suite}, {split}")
+            facts[suite][split] = describe(of_split, split)
+            text += as_markdown(f"{suite}, {split}", tables[suite][split], facts[suite][split], over) + "\n"
 
-    interval = "lines: 95% stratified bootstrap intervals"
-    figures = {"iqm": draw_rows(results, facts, "iqm", 0, f"IQM of DQN-normalised scores, {interval}")}
-    figures["profiles"] = draw_profiles(results, facts)
-    if over:
-        caption = f"probability of improvement over {over}, {interval}"
-        figures["improvement"] = draw_rows(results, facts, "improvement", 0.5, caption)
-    title = "# DQN-normalised scores with 95% stratified bootstrap intervals"
+    interval = "95% stratified bootstrap intervals"
+    figures = {"iqm": draw(tables, facts, "iqm", f"IQM of DQN-normalised scores; bars: {interval}")}
+    caption = f"x: DQN-normalised score; y: share of runs above it; bands: {interval}"
+    figures["profiles"] = draw(tables, facts, "profile", caption)
+    if any("improvement" in row for splits in tables.values() for row in splits["all"].values()):
+        figures["improvement"] = draw(tables, facts, "improvement", f"P(X > {over}); bars: {interval}")
+
     pictures = "\n\n".join(f"![{name}]({name}.png)" for name in figures)
     metadata = {"resamples": args.resamples, "seed": args.seed, "improvement_over": over, "tau": TAU.tolist()}
-    content = {"results": results, "metadata": metadata | {"groups": GROUPS, "splits": facts}}
-    with atomic_write(args.output_dir / "iqm.md") as file:
-        file.write(f"{title}\n\n{pictures}\n\n{text}".encode())
-    with atomic_write(args.output_dir / "iqm.json") as file:
-        file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+    metadata |= {"groups": GROUPS, "splits": facts}
+    files = {"iqm.md": f"# DQN-normalised scores with {interval}\n\n{pictures}\n\n{text}".encode()}
+    files["iqm.json"] = json.dumps({"results": tables, "metadata": metadata}, indent=2).encode()
     for name, figure in figures.items():
-        with atomic_write(args.output_dir / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=150)
-    if not over:  # nor is there a figure of an earlier report
-        (args.output_dir / "improvement.png").unlink(missing_ok=True)
-    print(f"{text}Written to {args.output_dir}: iqm.md, iqm.json, {', '.join(f'{name}.png' for name in figures)}")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=150)
+        files[f"{name}.png"] = image.getvalue()
+    for name, content in files.items():
+        temporary = args.output_dir / f".{name}.tmp"
+        temporary.write_bytes(content)
+        temporary.replace(args.output_dir / name)  # in one move: there is always a whole file
+    if "improvement" not in figures:
+        (args.output_dir / "improvement.png").unlink(missing_ok=True)  # of an earlier report
+    print(f"{text}Written to {args.output_dir}: {', '.join(files)}")
 
 
 if __name__ == "__main__":
