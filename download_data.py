@@ -62,24 +62,22 @@ class Args:
 
 
 # === games [shared] ===================================================================================================
-ID_GAMES = tuple(  # the 50 games of pre-training
-    """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival centipede
-    chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway frostbite gopher
-    gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman name_this_game phoenix
-    pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner tennis time_pilot tutankham
-    up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()
-)
-NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
-FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
+ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
+    centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
+    frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
+    name_this_game phoenix pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner
+    tennis time_pilot tutankham up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()  # for pre-training
+NEAR_OOD_GAMES = "alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split()
+FAR_OOD_GAMES = "basic_math human_cannonball klax othello surround".split()
 DQN_REPLAY_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # game_id is a game's place in this list
 
 
 def parse_game(name: str, games: list[str]) -> str:
-    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`."""
-    names = {game.replace("_", ""): game for game in games}
-    if name.replace("_", "").lower() not in names:
-        raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
-    return names[name.replace("_", "").lower()]
+    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`"""
+    for game in games:
+        if game.replace("_", "") == name.replace("_", "").lower():
+            return game
+    raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
 # === sources ==========================================================================================================
