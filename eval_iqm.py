@@ -106,7 +106,7 @@ def bootstrap(statistics: Callable, counts: np.ndarray, resamples: int, seed: in
         part = samples[:, i : i + chunk]
         uniform = rng.random((part.shape[1], n), np.float32)
         part[:] = statistics(first + (uniform * size).astype(int))
-    return np.stack([value, *np.percentile(samples, [2.5, 97.5], axis=1)])
+    return np.stack([value, *np.percentile(samples, [2.5, 97.5], axis=1, overwrite_input=True)])
 
 
 def estimate(scores: Scores, resamples: int, seed: int) -> dict[str, dict]:
