@@ -153,24 +153,22 @@ def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, fl
 
 
 # === games [shared] ===================================================================================================
-ID_GAMES = tuple(  # the 50 games of pre-training
-    """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival centipede
-    chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway frostbite gopher
-    gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman name_this_game phoenix
-    pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner tennis time_pilot tutankham
-    up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()
-)
-NEAR_OOD_GAMES = tuple("alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split())
-FAR_OOD_GAMES = tuple("basic_math human_cannonball klax othello surround".split())
-DQN_REPLAY_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # the DQN Replay games; game_id is a game's place in this list
+ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
+    centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
+    frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
+    name_this_game phoenix pitfall private_eye qbert road_runner robotank skiing solaris space_invaders star_gunner
+    tennis time_pilot tutankham up_n_down video_pinball wizard_of_wor yars_revenge zaxxon""".split()  # for pre-training
+NEAR_OOD_GAMES = "alien assault asterix beam_rider journey_escape pong pooyan riverraid seaquest venture".split()
+FAR_OOD_GAMES = "basic_math human_cannonball klax othello surround".split()
+DQN_REPLAY_GAMES = sorted(ID_GAMES + NEAR_OOD_GAMES)  # game_id is a game's place in this list
 
 
 def parse_game(name: str, games: list[str]) -> str:
-    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`."""
-    names = {game.replace("_", ""): game for game in games}
-    if name.replace("_", "").lower() not in names:
-        raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
-    return names[name.replace("_", "").lower()]
+    """ALE's name of one of these games: `ms_pacman` for both `ms_pacman` and `MsPacman`"""
+    for game in games:
+        if game.replace("_", "") == name.replace("_", "").lower():
+            return game
+    raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
 # === scores [shared] ==================================================================================================
@@ -201,12 +199,9 @@ SCORES = {
 
 
 def normalize(game: str, score: float) -> float:
-    """DQN-normalised score, (score - low) / (high - low), low and high the lesser and the greater of `SCORES[game]`.
-
-    Montezuma's Revenge, where both are 0, is kept from a division by 0 as in the original code: 0 stays 0.
-    """
+    """DQN-normalised score, (score - low) / (high - low), where low and high are the two scores of the game, sorted"""
     low, high = sorted(SCORES[game])
-    return (score - low) / (high - low + 1e-6)
+    return (score - low) / (high - low + 1e-6)  # as in the original code: both are 0 in montezuma_revenge
 
 
 # === results ==========================================================================================================
