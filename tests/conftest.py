@@ -1,14 +1,18 @@
-"""What the tests share: running a script as a user does, importing one, and a small replay played once."""
+"""What the tests share: running a script as a user does or in this process, and small data sets made once."""
 
+import contextlib
 import fcntl
 import functools
+import gzip
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +20,8 @@ GAMES = ("pong", "ms_pacman", "breakout", "freeway")
 PRETRAINING = sorted(path.name for path in ROOT.glob("pretrain_*.py"))
 SMALL = ("--width-multiplier", "0.125", "--blocks", "1", "1", "1", "1")  # a ResNet that trains in milliseconds
 QUICK = (*SMALL, "--games", "pong", "freeway", "--play-rows", 100, "--batch-size", 8, "--log-every", 1)
+FIELDS = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}  # replay files
+BUCKET, FLAT = "{game}/{run}/replay_logs/$store$_{field}_ckpt.{checkpoint}.gz", "{game}/{field}_{run}_{checkpoint}.gz"
 
 
 @functools.cache
@@ -33,14 +39,40 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | keep_memory | changes
 
 
-def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 600, **changes) -> subprocess.CompletedProcess:
     """Runs a script in a folder of its own, checks its exit code and returns what it printed."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    options = dict(env=environment(**changes), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=cwd, **options)
     assert done.returncode == code, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr[-5000:]}"
     if code:  # what went wrong is said in a line, not in a traceback
         assert "Traceback" not in done.stderr, done.stderr[-5000:]
     return done
+
+
+def train(script: str, *args, cwd: Path) -> None:
+    """Pre-trains in this process, in that folder, as the script does when it is given these arguments."""
+    module = load(script)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.chdir(cwd):
+            module.train(module.tyro.cli(module.Args, args=["--device", "cpu", "--no-compile", *map(str, args)]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def write_replay(data_dir: Path, game: str, columns: dict, layout: str = BUCKET, number: int = 1) -> dict[str, Path]:
+    """Writes the four replay files of a checkpoint of run 1; arrays keep their dtype. Returns the files by field."""
+    paths = {}
+    for field, dtype in FIELDS.items():
+        name = "".join(word.capitalize() for word in game.split("_"))
+        paths[field] = data_dir / layout.format(game=name, run=1, field=field, checkpoint=number)
+        paths[field].parent.mkdir(parents=True, exist_ok=True)
+        column = columns[field]
+        with gzip.open(paths[field], "wb", compresslevel=1) as stream:
+            np.save(stream, column if isinstance(column, np.ndarray) else np.array(column, dtype))
+    return paths
 
 
 class Bomb:
@@ -56,6 +88,19 @@ def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     module = load("pretrain_atc.py")
     module.prepare(module.Args(cache_dir=folder), GAMES, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def replay(cache, tmp_path_factory) -> Path:
+    """A --data-dir with run 1's checkpoint 1 of each of GAMES: the 1,000 played rows, and a last one."""
+    folder, row = tmp_path_factory.mktemp("replay"), load("pretrain_atc.py").ROW
+    for game in GAMES:
+        rows = np.fromfile(cache / f"{game}_played_1000.bin", row)
+        rows = np.append(rows[-1000:], rows[-1:])
+        columns = {"observation": rows["frame"], "action": rows["action"].astype(np.int32)}
+        columns |= {"reward": rows["reward"].astype(np.float32), "terminal": rows["terminal"].astype(np.uint8)}
+        write_replay(folder, game, columns)
     return folder
 
 

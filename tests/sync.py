@@ -3,7 +3,8 @@
     python tests/sync.py pretrain_atc.py    copies that script's shared sections over the same ones of all others
     python tests/sync.py --check            names the first difference (file, section, line); exit code 1
 
-A section goes from its banner, a line `# === name [shared] ===`, to the next banner.
+A section goes from its banner, a line `# === name [shared] ===`, to the next banner. To change a section in one script
+alone, as for an ablation, drop `[shared]` from its banner there: it is then neither compared nor copied over.
 """
 
 import sys
