@@ -1,8 +1,8 @@
 # make quickstart   the whole way on a machine without data and GPU, in a few minutes
 # make table        every method of the paper's table, each with a few steps of training, in minutes: all figures
-# make test         lints and runs every test
+# make test         lints and runs the tests that take seconds each, about ten minutes on two cores
+# make test-slow    runs the others: learning, many kills, many processes; about ten minutes, too
 # make bench        measures speed and memory against the plain way of doing the same, in a quarter of an hour
-# make faults       the tests of faults alone, with the tables of docs/reliability.md
 # make sync         copies the shared sections of SCRIPT (default pretrain_atc.py) over those of the other scripts
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,7 +12,7 @@ RUN := $(abspath $(VENV))/bin/python
 SCRIPT ?= pretrain_atc.py
 OBJECTIVE ?= atc
 
-.PHONY: quickstart table test bench faults lint sync clean
+.PHONY: quickstart table test test-slow bench lint sync clean
 
 # The environment is made again when the requirements change, else left as it is.
 $(VENV)/installed: requirements.txt
@@ -72,16 +72,18 @@ table: $(VENV)/installed
 	cd table && $(RUN) ../eval_iqm.py
 	cd table && $(RUN) ../eval_probe.py --models $(METHODS:%=runs/%/checkpoint.pt) --epochs 10 --rank-resamples 10 $(FEW)
 
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(PYTEST) -m slow
 
 bench: $(VENV)/installed-dev
 	for part in prepare load step play rainbow iqm scale; do \
 	  $(RUN) benchmarks/$$part.py 2> benchmarks/$$part.log || { tail benchmarks/$$part.log; exit 1; }; \
 	done
-
-faults: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(RUN) tests/reliability.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
