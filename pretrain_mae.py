@@ -362,8 +362,7 @@ def parse_game(name: str, games: list[str]) -> str:
 
 
 # === data [shared] ====================================================================================================
-# A checkpoint of the DQN Replay Dataset is four gzipped .npy files of about a million rows. Its first rows are prepared
-# once as a shard, a file of ROWs in the cache, from which any window of consecutive rows is one contiguous read.
+# The first rows of a replay checkpoint, which is four gzipped .npy files, are prepared once as a shard, a file of ROWs.
 FIELDS = [("is_first", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")]
 ROW = np.dtype([("frame", "u1", (84, 84)), *FIELDS])  # 7,064 bytes; is_first marks an episode's first row
 PADDING = 3  # blank rows before every episode in the dataset
@@ -479,11 +478,11 @@ def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Pa
     return list(zip(game_ids, paths, strict=True)), source
 
 
+# === windows [shared] =================================================================================================
 class Windows:
-    """Batches of windows, which are `length` consecutive rows of a shard. Batch i depends on (seed, i) alone.
+    """Batches of windows, which are `length` consecutive rows of a shard: one read each. Each epoch has a new order.
 
-    `part` is "train", "held_out" (the last 1% of each shard's windows, which share no row with training windows) or
-    "all". Each epoch visits its windows in a new order; its incomplete last batch is used in "all" only.
+    `part` is "held_out", the last 1% of each shard's windows, or "train", the windows that share no row with those.
     """
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
@@ -496,23 +495,22 @@ class Windows:
         self.shape = length, ROW.itemsize  # of a window
         windows = np.array([path.stat().st_size // ROW.itemsize for _, path in shards]) - length + 1
         held_out = np.ceil(windows * 0.01).astype(int)
-        counts = {"train": windows - held_out - length + 1, "held_out": held_out, "all": windows}[part]
+        counts = {"train": windows - held_out - length + 1, "held_out": held_out}[part]
         first = windows - held_out if part == "held_out" else 0  # row of a shard's first window
         self.ends = counts.cumsum()
         self.offset = first + counts - self.ends  # window i of all shards is at row i + offset[shard]
         self.size = int(self.ends[-1])
-        order = np.arange(self.size, dtype=np.uint32)
-        self.epoch_order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(order))
+        self.epoch_order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.size))
         if counts.min() < 1 or self.size < (batch_size if part == "train" else WORLD_SIZE):
             raise SystemExit(f"Too few {part} samples of {length} rows: use more rows or lower --batch-size.")
         self.batch_size = min(batch_size, self.size // WORLD_SIZE * WORLD_SIZE)  # held-out samples may be fewer
-        self.batches = math.ceil(self.size / self.batch_size) if part == "all" else self.size // self.batch_size
+        self.batches = self.size // self.batch_size  # in an epoch
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This process's part of batch i: rows uint8 [b, length, 7064] and game_id [b]"""
+        """This process's part of batch i, by the seed and i alone: rows uint8 [b, length, 7064] and game_id [b]"""
         epoch, i = divmod(i, self.batches)
-        window = self.epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size].astype(np.int64)
-        window = np.array_split(window, WORLD_SIZE)[RANK]
+        window = self.epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+        window = np.split(window, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
         rows = torch.empty((len(window), *self.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         for sample, s, row in zip(rows.numpy(), shard.tolist(), (window + self.offset[shard]).tolist(), strict=True):
