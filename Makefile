@@ -1,9 +1,10 @@
-# make quickstart   the whole way on a machine without data and GPU, in a few minutes
-# make table        every method of the paper's table, each with a few steps of training, in minutes: all figures
-# make test         lints and runs the tests that take seconds each, about ten minutes on two cores
-# make test-slow    runs the others: learning, many kills, many processes; about ten minutes, too
-# make bench        measures speed and memory against the plain way of doing the same, in a quarter of an hour
-# make sync         copies the shared sections of SCRIPT (default pretrain_atc.py) over those of the other scripts
+# make quickstart   plays games, pre-trains, fine-tunes and prints the IQM table; minutes, no data, no GPU
+# make table        does the same for every method of the paper's table, with a few steps of training each
+# make test         lints and runs the tests; about 12 minutes on 2 cores
+# make test-slow    runs the slow tests: learning, many kills, many processes
+# make bench        measures speed and memory against the plain way of doing the same
+# make sync         copies the shared sections of SCRIPT (default: pretrain_atc.py) over those of the other scripts
+# make clean        deletes what quickstart and table made
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -12,7 +13,10 @@ RUN := $(abspath $(VENV))/bin/python
 SCRIPT ?= pretrain_atc.py
 OBJECTIVE ?= atc
 
-.PHONY: quickstart table test test-slow bench lint sync clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+.PHONY: help quickstart table test test-slow bench lint sync clean
 
 # The environment is made again when the requirements change, else left as it is.
 $(VENV)/installed: requirements.txt
@@ -48,7 +52,8 @@ quickstart: $(VENV)/installed
 	@echo "for each method, game and seed), reports/ (iqm.md, iqm.json and figures)."
 	@echo "The scores are a smoke test: a small network, a minute of training, 4 short episodes."
 
-# One game, one seed, a minute or less for each method. That every method has its scores, --methods sees to.
+# Every method: 20 steps of pre-training, then both fine-tunings, zero-shot play, IQM and probes on one game, one seed.
+# `eval_iqm.py --methods` fails if a method has no score.
 FEW := --games ms_pacman breakout --play-rows 1000 --batch-size 16 $(SMALL)
 METHODS := curl mae atc siammae r3m bc spr idm spr_idm dt cql_mse cql
 SCORE := --eval-episodes 2 --max-episode-steps 200
