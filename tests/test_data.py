@@ -5,27 +5,23 @@ stacks and returns come from what the loop kept in lists.
 """
 
 import gzip
-import mmap
 import re
+import resource
+import subprocess
+import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import ale_py
-import cv2
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from ale_py import roms
-from conftest import SMALL, load, run
+from conftest import BUCKET, FIELDS, FLAT, ROOT, environment, load, write_replay
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from torch.utils.data import DataLoader
 
 gymnasium.register_envs(ale_py)
-FIELDS = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}
-BUCKET, FLAT = "{game}/{run}/replay_logs/$store$_{field}_ckpt.{checkpoint}.gz", "{game}/{field}_{run}_{checkpoint}.gz"
 
 
 class Row(NamedTuple):
@@ -73,14 +69,16 @@ def file_of(episodes: list[list[Row]], padded: bool, skip: int = 0) -> list[Row]
 
 def write(data_dir: Path, game: str, rows: list[Row], layout: str = BUCKET, number: int = 1, **changes) -> dict:
     """Writes the four files; `changes` replace columns. Returns their paths."""
-    columns = ([row.stack[-1] for row in rows], *([row[i] for row in rows] for i in (1, 2, 3)))
-    paths = {}
-    for (field, dtype), column in zip(FIELDS.items(), columns, strict=True):
-        paths[field] = data_dir / layout.format(game=game, run=1, field=field, checkpoint=number)
-        paths[field].parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(paths[field], "wb", compresslevel=1) as stream:
-            np.save(stream, changes.get(field, np.array(column, dtype)))
-    return paths
+    columns = [np.array([row.stack[-1] for row in rows], np.uint8)]
+    columns += [np.array([row[i] for row in rows], dtype) for i, dtype in ((1, "i4"), (2, "f4"), (3, "u1"))]
+    return write_replay(data_dir, game, dict(zip(FIELDS, columns, strict=True)) | changes, layout, number)
+
+
+def prepare(atc, tmp_path: Path, rows: int, game: str, data: str = ".", number: int = 1, **options) -> Path:
+    """The shard of a checkpoint's first `rows` rows, of the files in tmp_path or in a folder there."""
+    args = atc.Args(data_dir=tmp_path / data, cache_dir=tmp_path / "cache", **options)
+    args.cache_dir.mkdir(exist_ok=True)
+    return atc.prepare_shard(args, rows, game, 1, number)
 
 
 def sign(reward: float) -> int:
@@ -112,46 +110,49 @@ def blacken(episode: list[Row], black: range, action: int) -> list[Row]:
     return rows
 
 
-def check_windows(module, shards: list, files: list, length: int) -> None:
-    """Every window of the shards, in their order, against the rows of `files`: (game_id, real rows, begins blank)."""
-    windows = module.Windows(shards, length, 10**6, 0, "all")
-    assert windows.batches == 1
-    batch = windows[0]
-    stacks = module.stack_frames(torch.as_tensor(batch["frames"]), torch.as_tensor(batch["starts"])).numpy()
-    w = 0
-    for game_id, real, begins_blank in files:
-        rows = [(BLANK, 0)] * 3 * begins_blank + real  # a window's first 3 rows are but history
-        for begin in range(len(rows) - length + 1):
-            expected = rows[begin : begin + length]
-            assert batch["game_id"][w] == game_id
-            np.testing.assert_array_equal(batch["frames"][w], [row.stack[-1] for row, _ in expected])
-            assert batch["starts"][w].tolist() == [row.first for row, _ in expected]
-            assert batch["action"][w].tolist() == [row.action for row, _ in expected]
-            assert batch["reward"][w].tolist() == [sign(row.reward) for row, _ in expected]
-            assert batch["terminal"][w].tolist() == [row.terminal for row, _ in expected]
-            assert batch["return_to_go"][w].tolist() == [togo for _, togo in expected]
-            for n, (row, _) in enumerate(expected[3:]):
-                assert row.real  # padding is never a sample's own row
-                np.testing.assert_array_equal(stacks[w, n], row.stack)
-            w += 1
-    assert w == len(batch["frames"])
+def in_order(windows):
+    """These windows, in the order of their rows."""
+    windows.epoch_order = lambda epoch: np.arange(windows.size)
+    return windows
 
 
-@pytest.fixture
+def batch_of(atc, windows, i: int = 0) -> dict[str, np.ndarray]:
+    """Batch i as it is on the device."""
+    return {name: tensor.numpy() for name, tensor in atc.unpack(*windows.batch(i), "cpu").items()}
+
+
+def check_windows(atc, shards: list, files: list, length: int) -> None:
+    """Training and held-out windows of the shards against the rows of `files`: (game_id, real rows, begins blank)."""
+    for part in ("train", "held_out"):
+        windows = in_order(atc.Windows(shards, length, 1, 0, part))
+        windows.batch_size, windows.batches = windows.size, 1
+        batch = batch_of(atc, windows)
+        stacks = atc.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"])).numpy()
+        w = 0
+        for game_id, real, begins_blank in files:
+            rows = [(BLANK, 0)] * 3 * begins_blank + real  # a window's first 3 rows are but history
+            count = len(rows) - length + 1
+            first_held_out = count - -(-count // 100)  # 1%, rounded up
+            begins = range(first_held_out - length + 1) if part == "train" else range(first_held_out, count)
+            for begin in begins:
+                expected = rows[begin : begin + length]
+                assert batch["game_id"][w] == game_id
+                np.testing.assert_array_equal(batch["frames"][w], [row.stack[-1] for row, _ in expected])
+                assert batch["is_first"][w].tolist() == [row.first for row, _ in expected]
+                assert batch["action"][w].tolist() == [row.action for row, _ in expected]
+                assert batch["reward"][w].tolist() == [sign(row.reward) for row, _ in expected]
+                assert batch["terminal"][w].tolist() == [row.terminal for row, _ in expected]
+                assert batch["return_to_go"][w].tolist() == [togo for _, togo in expected]
+                for n, (row, _) in enumerate(expected[3:]):
+                    assert row.real  # padding is never a sample's own row
+                    np.testing.assert_array_equal(stacks[w, n], row.stack)
+                w += 1
+        assert w == len(batch["frames"]) == windows.size
+
+
+@pytest.fixture(scope="session")
 def atc():
     return load("pretrain_atc.py")
-
-
-@pytest.fixture
-def in_order(atc, monkeypatch):
-    """Windows come in the order of their rows."""
-    begin = atc.Windows.__init__
-
-    def begin_in_order(self, *args):
-        begin(self, *args)
-        self.epoch, self.order = 0, np.arange(self.size, dtype=np.uint32)
-
-    monkeypatch.setattr(atc.Windows, "__init__", begin_in_order)
 
 
 @pytest.fixture(scope="session")
@@ -173,57 +174,57 @@ def pong() -> list[list[Row]]:
     [(True, 0), (True, 1), (True, 2), (True, 3), (True, 6), (False, 0), (False, 7)],
     ids=["padded", "2 blank rows first", "1 blank row first", "no blank row first", "amid an episode", "bare", "late"],
 )
-def test_reader_returns_what_was_played(atc, in_order, breakout, pong, tmp_path, padded, skip, length):
+def test_reader_returns_what_was_played(atc, breakout, pong, tmp_path, padded, skip, length):
     """Every field of every window and every stack, of games that end, are cut, and go on beyond the rows read."""
     files, shards = [], []
     for game, game_id, episodes in (("breakout", 13, breakout), ("pong", 39, pong)):
         file = file_of(episodes, padded, skip)
         read = len(file) - len(episodes[-1]) - 3 * padded - 30  # amid the last but one episode
         assert not any(row.terminal for row in file[read - 5 : read])
-        write(tmp_path, game.capitalize(), file)
+        write(tmp_path, game, file)
         real = real_rows(file, read)
         assert {sign(row.reward) for row, _ in real} >= ({-1, 0, 1} if game == "breakout" else {-1, 0})
         assert real[-1][1] != sum(sign(row.reward) for row in file[read - 1 : read])  # more is to come after the last
         files.append((game_id, real, not file[0].real))
-        shards.append((game_id, atc.prepare_shard(tmp_path / "cache", tmp_path, read, game, 1, 1)))
+        shards.append((game_id, prepare(atc, tmp_path, read, game)))
     check_windows(atc, shards, files, length)
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_rows_may_end_anywhere(atc, in_order, breakout, tmp_path, padded):
+def test_rows_may_end_anywhere(atc, breakout, tmp_path, padded):
     """Also within or right before the padding, or with an episode's first row."""
     file = file_of(breakout, padded)
-    write(tmp_path, "Breakout", file)
+    write(tmp_path, "breakout", file)
     for read in range(30, 50):
-        path = atc.prepare_shard(tmp_path / "cache", tmp_path, read, "breakout", 1, 1)
+        path = prepare(atc, tmp_path, read, "breakout")
         check_windows(atc, [(13, path)], [(13, real_rows(file, read), padded)], 4)
 
 
-def test_first_real_row_of_a_padded_file_is_a_sample(atc, in_order, breakout, tmp_path):
-    write(tmp_path, "Breakout", file_of(breakout, padded=True))
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, 40, "breakout", 1, 1)
-    batch = atc.Windows([(13, path)], 4, 1, 0, "all")[0]
-    stack = atc.stack_frames(torch.as_tensor(batch["frames"]), torch.as_tensor(batch["starts"]))[0, 0].numpy()
+def test_first_real_row_of_a_padded_file_is_a_sample(atc, breakout, tmp_path):
+    write(tmp_path, "breakout", file_of(breakout, padded=True))
+    path = prepare(atc, tmp_path, 40, "breakout")
+    batch = atc.unpack(*in_order(atc.Windows([(13, path)], 4, 1, 0, "train")).batch(0), "cpu")
+    stack = atc.stack_frames(batch["frames"], batch["is_first"])[0, 0].numpy()
     first = breakout[0][0].stack
     assert first[3].any()
     assert not first[:3].any()
     np.testing.assert_array_equal(stack, first)
 
 
-def test_last_row_of_a_file_is_never_used(atc, in_order, breakout, tmp_path):
+def test_last_row_of_a_file_is_never_used(atc, breakout, tmp_path):
     """Whatever it holds; all rows but it can be read."""
     file = file_of(breakout, padded=True)
     stale = Row(np.full((4, 84, 84), 255, np.uint8), 17, 1000.0, 1)
-    write(tmp_path, "Breakout", [*file[:-1], stale])
+    write(tmp_path, "breakout", [*file[:-1], stale])
     read = len(file) - 1
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, read, "breakout", 1, 1)
+    path = prepare(atc, tmp_path, read, "breakout")
     check_windows(atc, [(13, path)], [(13, real_rows(file, read), True)], 4)
-    with pytest.raises(SystemExit, match=f"{read} usable rows"):
-        atc.prepare_shard(tmp_path / "cache", tmp_path, read + 1, "breakout", 1, 1)
+    with pytest.raises(SystemExit, match=f"has not {read + 1} usable rows"):
+        prepare(atc, tmp_path, read + 1, "breakout")
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_black_frame_is_not_padding(atc, in_order, breakout, tmp_path, padded):
+def test_black_frame_is_not_padding(atc, breakout, tmp_path, padded):
     """A real one: amid an episode, or as the first one or two of it, with action 0 and no reward, or three moved."""
     whole = breakout[5]
     episodes = [blacken(whole[20 * k : 20 * k + 20], range(0), 0) for k in range(5)]
@@ -237,48 +238,50 @@ def test_black_frame_is_not_padding(atc, in_order, breakout, tmp_path, padded):
     changes = (range(0), 0), (range(0, 1), 0), (range(0, 2), 0), (range(8, 14), 0), (range(0, 3), 1)
     episodes = [blacken(episode, *change) for episode, change in zip(episodes, changes, strict=True)]
     file = file_of(episodes, padded)
-    write(tmp_path, "Breakout", file)
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, len(file) - 1, "breakout", 1, 1)
+    write(tmp_path, "breakout", file)
+    path = prepare(atc, tmp_path, len(file) - 1, "breakout")
     check_windows(atc, [(13, path)], [(13, real_rows(file, len(file) - 1), padded)], 4)
 
 
-def test_black_frame_soon_after_a_files_beginning_is_not_padding(atc, in_order, breakout, tmp_path):
+def test_black_frame_soon_after_a_files_beginning_is_not_padding(atc, breakout, tmp_path):
     """Where the file begins amid an episode, with a frame that is not black."""
     file = blacken(breakout[5][20:60], range(1, 3), 0)
-    write(tmp_path, "Breakout", file)
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, 39, "breakout", 1, 1)
+    write(tmp_path, "breakout", file)
+    path = prepare(atc, tmp_path, 39, "breakout")
     check_windows(atc, [(13, path)], [(13, real_rows(file, 39), False)], 4)
 
 
-def test_a_black_first_row_after_the_padding_is_real(atc, in_order, breakout, tmp_path):
+def test_a_black_first_row_after_the_padding_is_real(atc, breakout, tmp_path):
     """Of the file, and of a later episode: no more than three rows are padding."""
     black = Row(np.zeros((4, 84, 84), np.uint8), 0, 0.0, 0, first=True)
     second = [row._replace(first=False) for row in breakout[0]]  # its stacks begin as those after a black frame
     file = file_of([[black, *second], [black, *second[:-1]]], padded=True)
-    write(tmp_path, "Breakout", file)
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, len(file) - 1, "breakout", 1, 1)
+    write(tmp_path, "breakout", file)
+    path = prepare(atc, tmp_path, len(file) - 1, "breakout")
     check_windows(atc, [(13, path)], [(13, real_rows(file, len(file) - 1), True)], 4)
 
 
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("padded", [True, False])
-def test_atc_leaves_out_futures_of_other_episodes(atc, in_order, monkeypatch, breakout, tmp_path, padded, offset):
+def test_atc_leaves_out_futures_of_other_episodes(atc, monkeypatch, breakout, tmp_path, padded, offset):
     """What ATC makes of real windows: the stacks of now and of later, and whether the episode ends in between."""
     file = file_of(breakout, padded)
-    write(tmp_path, "Breakout", file)
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, len(file) - 1, "breakout", 1, 1)
-    objective = atc.ATC(atc.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1), future_offset=offset))
-    windows = atc.Windows([(13, path)], objective.length, 10**6, 0, "all")
+    write(tmp_path, "breakout", file)
+    path = prepare(atc, tmp_path, len(file) - 1, "breakout")
+    objective = atc.Objective(atc.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1), future_offset=offset))
+    windows = in_order(atc.Windows([(13, path)], objective.length, 1, 0, "train"))
+    windows.batch_size = windows.size
     given = []
     monkeypatch.setattr(objective, "loss", lambda *args: given.extend(args))
     monkeypatch.setattr(atc, "augment", lambda stacks: stacks / 255)
-    objective({name: torch.as_tensor(array) for name, array in windows[0].items()})
+    objective(atc.unpack(*windows.batch(0), "cpu"))
     obs, next_obs = ((stacks * 255).round().byte().numpy() for stacks in given[:2])
     game_id, done = given[2:]
     assert (game_id == 13).all()
 
     real = [row for row in file[:-1] if row.real]
-    samples = real[0 if padded else 3 :][: len(real) - offset - (0 if padded else 3)]
+    samples = real[0 if padded else 3 :][: windows.size]
+    assert windows.size > 200
     assert len(obs) == len(next_obs) == len(done) == len(samples)
     place = {id(row): i for i, row in enumerate(real)}
     ended = []
@@ -293,20 +296,20 @@ def test_atc_leaves_out_futures_of_other_episodes(atc, in_order, monkeypatch, br
     assert 0 < sum(ended) < len(ended)
 
 
-def test_dt_returns_to_go_end_with_the_episode_not_with_the_shard(atc, in_order, monkeypatch, pong, tmp_path):
+def test_dt_returns_to_go_end_with_the_episode_not_with_the_shard(atc, monkeypatch, pong, tmp_path):
     """By hand: episodes end with rows 20 and 45 of a file of 60, of which 40 rows are read."""
     reward, terminal = np.zeros(60, np.float32), np.zeros(60, np.uint8)
     reward[[5, 18, 20, 30, 43, 45, 50]] = 7, -2, 1, 1, 1, -1, 1
     terminal[[20, 45]] = 1
-    write(tmp_path, "Pong", pong[1][:60], reward=reward, terminal=terminal)
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path, 40, "pong", 1, 1)
+    write(tmp_path, "pong", pong[1][:60], reward=reward, terminal=terminal)
+    path = prepare(atc, tmp_path, 40, "pong")
     dt, given = load("pretrain_dt.py"), []
-    objective = dt.DT(dt.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1)))
+    objective = dt.Objective(dt.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1)))
     monkeypatch.setattr(objective, "loss", lambda *inputs: given.extend(inputs))
-    batch = atc.Windows([(39, path)], objective.length, 10**6, 0, "all")[0]
-    objective({name: torch.as_tensor(array) for name, array in batch.items()})
+    data = in_order(atc.Windows([(39, path)], objective.length, 1, 0, "train"))
+    data.batch_size = windows = data.size
+    objective(atc.unpack(*data.batch(0), "cpu"))
     of_row = [1] * 6 + [0] * 13 + [1] * 2 + [1] * 10 + [0] * 13  # 7 - 2 + 1 are 1 - 1 + 1; 1 + 1 - 1 from row 21 to 30
-    windows = 40 - 11 + 1  # of 3 rows before, and 8 steps
     assert given[2].tolist() == [of_row[first + 3 : first + 11] for first in range(windows)]
     steps = [[row > 20 and first + 3 <= 20 for row in range(first + 3, first + 11)] for first in range(windows)]
     assert given[4].tolist() == steps  # past the end
@@ -315,37 +318,67 @@ def test_dt_returns_to_go_end_with_the_episode_not_with_the_shard(atc, in_order,
 
 # Files and the cache.
 def test_prepare_numbers_the_games(atc, breakout, tmp_path):
-    """In the order of the games and their checkpoints; far-OOD games, which no table knows, are 0."""
-    for game in ("Breakout", "MsPacman", "Klax"):
+    """In the order of the games and their checkpoints; far-OOD games, which the data set lacks, are 0."""
+    for game in ("breakout", "ms_pacman", "klax"):
         for number in (1, 2):
             write(tmp_path, game, file_of(breakout, padded=True)[:20], FLAT, number)
     args = atc.Args(data_dir=tmp_path, cache_dir=tmp_path / "cache", runs=(1,), checkpoints=(2, 1))
-    shards = atc.prepare(args, ("ms_pacman", "klax", "breakout"), 15)
+    shards, source = atc.prepare(args, ("ms_pacman", "klax", "breakout"), 15)
     assert [game_id for game_id, _ in shards] == [35, 35, 0, 0, 13, 13]
     begins = [f"{game}_1_{number}_" for game in ("ms_pacman", "klax", "breakout") for number in (2, 1)]
     assert all(path.name.startswith(begin) for (_, path), begin in zip(shards, begins, strict=True))
+    assert source == "dqn_replay"
+
+
+def test_origin_of_the_data(atc, breakout, cache, tmp_path):
+    """What a download says of each game's source; of own play, that it is random."""
+    for game in ("breakout", "pong"):
+        write(tmp_path, game, file_of(breakout, padded=True)[:20], FLAT)
+    (tmp_path / "source.json").write_text('{"pong": "jat", "breakout": "dqn_replay", "klax": "other"}')
+    args = atc.Args(data_dir=tmp_path, cache_dir=tmp_path / "cache", runs=(1,), checkpoints=(1,))
+    assert atc.prepare(args, ("pong", "breakout"), 15)[1] == "dqn_replay+jat"
+    assert atc.prepare(args, ("pong",), 15)[1] == "jat"
+    assert atc.prepare(atc.Args(cache_dir=cache), ("pong",), 15)[1] == "random_play"
 
 
 def test_both_layouts_give_the_same_shard(atc, breakout, tmp_path):
     file, shards = file_of(breakout, padded=True), []
     for folder, layout in (("bucket", BUCKET), ("flat", FLAT)):
-        write(tmp_path / folder, "Breakout", file, layout)
-        shards.append(atc.prepare_shard(tmp_path / "cache", tmp_path / folder, 100, "breakout", 1, 1))
+        write(tmp_path / folder, "breakout", file, layout)
+        shards.append(prepare(atc, tmp_path, 100, "breakout", folder))
     assert shards[0] != shards[1]
     assert shards[0].read_bytes() == shards[1].read_bytes()
 
 
 @pytest.mark.parametrize("layout", [BUCKET, FLAT])
-def test_checkpoint_50_falls_back(atc, breakout, tmp_path, layout):
-    """To 49, then to 48; no other checkpoint does."""
+def test_checkpoint_50_may_be_missing(atc, breakout, tmp_path, capsys, layout):
+    """49 stands in for it, else 48, and a line says so; only one that was not asked for itself, and for no other."""
     file = file_of(breakout, padded=True)
     for number in (48, 49, 50):
         begin = number - 40  # another part of the play
-        write(tmp_path, "Breakout", file[begin:], layout, number)
-        path = atc.prepare_shard(tmp_path / "cache", tmp_path, 15, "breakout", 1, 50)
-        np.testing.assert_array_equal(atc.open_shard(path)["frame"][0], file[begin].stack[-1])
-    with pytest.raises(SystemExit, match=r"_(47|ckpt\.47)\.gz"):
-        atc.prepare_shard(tmp_path / "cache", tmp_path, 15, "breakout", 1, 47)
+        write(tmp_path, "breakout", file[begin:], layout, number)
+        shard = np.fromfile(prepare(atc, tmp_path, 15, "breakout", number=50, checkpoints=(50,)), atc.ROW)
+        np.testing.assert_array_equal(shard["frame"][0], file[begin].stack[-1])
+        said = capsys.readouterr().out
+        stand_in = f"breakout: checkpoint {number} of run 1 stands in for checkpoint 50.\n"
+        assert said == (stand_in if number != 50 else "")
+    for path in tmp_path.rglob("*50.gz"):
+        path.unlink()
+    shard = np.fromfile(prepare(atc, tmp_path, 15, "breakout", number=50, checkpoints=(49, 50)), atc.ROW)
+    np.testing.assert_array_equal(shard["frame"][0], file[8].stack[-1])  # of 48: 49 is asked for itself
+    assert "checkpoint 48 of run 1 stands in" in capsys.readouterr().out
+    for missing, asked in ((47, (47,)), (50, (48, 49, 50))):
+        with pytest.raises(SystemExit, match=f"Breakout lacks files of run 1, checkpoint {missing}"):
+            prepare(atc, tmp_path, 15, "breakout", number=missing, checkpoints=asked)
+
+
+def test_checkpoints_49_and_50_are_not_the_same_file_twice(atc, breakout, tmp_path):
+    """As --checkpoints 49 50 reads them, where 50 is missing: 49 and 48."""
+    for number in (48, 49):
+        write(tmp_path, "breakout", file_of(breakout, padded=True)[number - 40 :], FLAT, number)
+    args = atc.Args(data_dir=tmp_path, cache_dir=tmp_path / "cache", runs=(1,), checkpoints=(49, 50))
+    shards, _ = atc.prepare(args, ("breakout",), 15)
+    assert len({path.read_bytes() for _, path in shards}) == 2
 
 
 def test_only_the_rows_asked_for_are_decompressed(atc, breakout, tmp_path):
@@ -353,52 +386,45 @@ def test_only_the_rows_asked_for_are_decompressed(atc, breakout, tmp_path):
     file = file_of(breakout, padded=True)[:60]
     noise = np.random.default_rng(0).integers(256, size=(150, 84, 84), dtype=np.uint8)  # a megabyte, compressed or not
     long = [*file, *(Row(frame[None], 0, 0.0, 0) for frame in noise)]
-    paths = write(tmp_path, "Breakout", long)
-    intact = atc.prepare_shard(tmp_path / "cache", tmp_path, 50, "breakout", 1, 1).read_bytes()
+    paths = write(tmp_path, "breakout", long)
+    intact = prepare(atc, tmp_path, 50, "breakout").read_bytes()
     content = paths["observation"].read_bytes()
     paths["observation"].write_bytes(content[:-500_000] + b"\xff" * 500_000)
     with pytest.raises((OSError, EOFError, zlib.error)), gzip.open(paths["observation"]) as stream:
         stream.read()
-    assert atc.prepare_shard(tmp_path / "cache", tmp_path, 50, "breakout", 1, 1).read_bytes() == intact
+    assert prepare(atc, tmp_path, 50, "breakout").read_bytes() == intact
 
 
 def test_shards_are_kept_until_the_source_changes(atc, breakout, tmp_path):
-    def prepare(rows=50):
-        path = atc.prepare_shard(tmp_path / "cache", tmp_path, rows, "breakout", 1, 1)
-        return path, path.stat().st_mtime_ns, len(atc.open_shard(path)), atc.open_shard(path)["fields"]["action"][10]
+    def shard(rows=50):
+        path = prepare(atc, tmp_path, rows, "breakout")
+        content = np.fromfile(path, atc.ROW)
+        return path, path.stat().st_mtime_ns, len(content), content["action"][10]
 
     file = file_of(breakout, padded=True)
-    write(tmp_path, "Breakout", file)
-    before = prepare()
-    assert prepare() == before  # not written again
-    assert prepare(rows=30)[2] == 30  # other rows, another shard
-    assert prepare() == before
-    write(tmp_path, "Breakout", file)  # downloaded again, to the same content
-    assert prepare() == before
-    write(tmp_path, "Breakout", [row._replace(action=5) for row in file])
+    write(tmp_path, "breakout", file)
+    before = shard()
+    assert shard() == before  # not written again
+    assert shard(rows=30)[2] == 30  # other rows, another shard
+    assert shard() == before
+    write(tmp_path, "breakout", [row._replace(action=5) for row in file])
     assert before[3] != 5
-    assert prepare()[3] == 5
-    assert not list(tmp_path.glob("cache/**/*.tmp"))
+    assert shard()[3] == 5
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".bin"}  # nothing temporary stays
 
 
-# Errors, as a user meets them.
-def script_error(tmp_path: Path, *args, script: str = "pretrain_atc.py") -> str:
-    """The line with which a script ends that is given a small replay of breakout and these arguments."""
-    small = ["--cache-dir", "cache", "--num-workers", "0", *SMALL, "--data-dir", "data", "--runs", "1"]
-    if script == "pretrain_atc.py":
-        small += ["--games", "breakout", "--checkpoints", "1", "--total-steps", "1", "--batch-size", "4"]
-        small += ["--rows-per-checkpoint", "50"]
-    done = run(script, *small, *args, cwd=tmp_path, code=1)
-    *before, message = done.stderr.splitlines()
-    assert all(not line.strip() or "preparing" in line for line in before), done.stderr  # nothing but a progress bar
-    assert not (tmp_path / "results").exists()
-    return message
-
-
+# What replay files may hold.
 @pytest.fixture
 def data(breakout, tmp_path) -> dict[str, Path]:
     """A small replay of breakout; its files by their fields."""
-    return write(tmp_path / "data", "Breakout", file_of(breakout, padded=True)[:60])
+    return write(tmp_path / "data", "breakout", file_of(breakout, padded=True)[:60])
+
+
+def resave(path: Path, change, version: tuple | None = None) -> None:
+    with gzip.open(path) as stream:
+        array = np.load(stream)
+    with gzip.open(path, "wb") as stream:
+        np.lib.format.write_array(stream, change(array), version)
 
 
 class Evil:
@@ -411,139 +437,137 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def resave(path: Path, change) -> None:
-    with gzip.open(path) as stream:
-        array = np.load(stream)
-    with gzip.open(path, "wb") as stream:
-        np.save(stream, change(array), allow_pickle=True)
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", ["u1", "i8", ">i4", "f8"])
+def test_kinds_of_npy_files(atc, tmp_path, data, version, dtype):
+    """Any header version and any type of whole numbers; observations with a channel of their own."""
+    expected = prepare(atc, tmp_path, 50, "breakout", "data").read_bytes()
+    for field, path in data.items():
+        if field == "observation":
+            resave(path, lambda a: a[:, None], version)
+        else:
+            resave(path, lambda a, of=dtype if field != "reward" else "f8": a.astype(of), version)
+    assert prepare(atc, tmp_path, 50, "breakout", "data").read_bytes() == expected
 
 
-def test_missing_data_dir_is_an_error(tmp_path):
-    message = script_error(tmp_path, "--data-dir", tmp_path / "nowhere")
-    assert message.startswith("Missing")
-    assert str(tmp_path / "nowhere" / "Breakout") in message
+def test_recordings_of_the_original_code(atc, breakout, tmp_path):
+    """Far-OOD games as its replay buffer writes them: observations [n, 1, 84, 84], all other fields float64."""
+    file = file_of(breakout, padded=False)[:60]
+    paths = write(tmp_path, "klax", file, FLAT, 2)
+    expected = prepare(atc, tmp_path, 50, "klax", number=2).read_bytes()
+    resave(paths["observation"], lambda a: a[:, None])
+    for field in ("action", "reward", "terminal"):
+        resave(paths[field], lambda a: a.astype(np.float64))
+    assert prepare(atc, tmp_path, 50, "klax", number=2).read_bytes() == expected
 
 
-def test_missing_file_is_an_error(tmp_path, data):
-    data["reward"].unlink()
-    message = script_error(tmp_path)
-    assert message.startswith("Missing")
-    assert data["reward"].name in message
-    assert data["action"].name not in message
-
-
-DAMAGES = {
-    "frames of floats": ("observation", lambda a: a.astype(np.float32)),
-    "frames of another size": ("observation", lambda a: a[:, :80]),
-    "an action that no game has": ("action", lambda a: np.where(np.arange(len(a)) == 9, 18, a)),
-    "pickled objects": ("terminal", lambda a: np.array([Evil(Path("evil"))] * len(a), object)),
+DAMAGES = {  # the field, what is done to it, and what the message says of it
+    "frames in Fortran order": ("observation", np.asfortranarray, "Fortran order"),
+    "frames of another size": ("observation", lambda a: a[:, :80], "50 usable rows of 84 x 84"),
+    "frames beyond 255": ("observation", lambda a: a.astype(np.uint16) * 2, "not integers from 0 to 255"),
+    "an action that no game has": (
+        "action",
+        lambda a: np.where(np.arange(len(a)) == 9, 18, a),
+        "integers from 0 to 17",
+    ),
+    "a negative action": ("action", lambda a: np.where(np.arange(len(a)) == 9, -1, a), "not integers from 0 to 17"),
+    "actions with fractions": ("action", lambda a: a + 0.5, "float64 from 0.5 to"),
+    "actions that are NaN": ("action", lambda a: np.where(np.arange(len(a)) == 9, np.nan, a), "not integers"),
+    "terminals beyond 1": ("terminal", lambda a: a + 1, "not integers from 0 to 1"),
+    "pickled objects": ("terminal", lambda a: np.array([Evil(Path("evil"))] * len(a), object), "OBJECT"),
+    "a single number": ("terminal", lambda a: np.array(0, np.uint8), "cannot be read"),
+    "differing lengths": ("terminal", lambda a: a[:-1], "differ in length"),
+    "no rows": ("observation", lambda a: a[:0], "cannot be read"),
 }
-MORE_DAMAGES = {
-    "frames of 16 bits": ("observation", lambda a: a.astype(np.uint16) * 2),
-    "frames in another order": ("observation", lambda a: np.asfortranarray(a)),  # column-major
-    "frames of text": ("observation", lambda a: a.astype("U3")),
-    "actions of floats": ("action", lambda a: a.astype(np.float32)),
-    "a negative action": ("action", lambda a: np.where(np.arange(len(a)) == 9, -1, a)),
-    "rewards in rows": ("reward", lambda a: a[:, None]),
-    "a single number": ("terminal", lambda a: np.array(0, np.uint8)),
-}
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_wrong_content_is_an_error(tmp_path, data, damage):
-    field, change = DAMAGES[damage]
+def test_wrong_content_is_an_error(atc, monkeypatch, tmp_path, data, damage):
+    """In one line, with the file's name and what is wrong with it."""
+    field, change, message = DAMAGES[damage]
     resave(data[field], change)
-    message = script_error(tmp_path)
-    assert data[field].name in message
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        prepare(atc, tmp_path, 50, "breakout", "data")
+    assert message in end.value.code and "\n" not in end.value.code
+    assert str(data["observation" if "usable" in end.value.code else field]) in end.value.code
     assert not (tmp_path / "evil").exists()  # what is pickled is not run
+    assert not [*(tmp_path / "cache").iterdir()]
 
 
-@pytest.mark.parametrize("damage", MORE_DAMAGES)
-def test_wrong_content_is_an_error_of_the_reader(atc, tmp_path, data, damage):
-    field, change = MORE_DAMAGES[damage]
-    resave(data[field], change)
-    with pytest.raises(SystemExit, match=re.escape(data[field].name)):
-        atc.prepare_shard(tmp_path / "cache", tmp_path / "data", 50, "breakout", 1, 1)
+def test_truncated_files_are_an_error(atc, tmp_path, data):
+    """Wherever they are cut, and whatever a file holds that is no .gz at all."""
+    for field, path in data.items():
+        content = path.read_bytes()
+        cuts = [0, 5, 50, len(content) // 2, *([len(content) - 20] if field in ("reward", "terminal") else [])]
+        for damaged in [*(content[:size] for size in cuts), gzip.decompress(content), b"<html>not found</html>"]:
+            path.write_bytes(damaged)
+            with pytest.raises(SystemExit, match=re.escape(f"{path} cannot be read")):
+                prepare(atc, tmp_path, 50, "breakout", "data")
+        path.write_bytes(content)
+    prepare(atc, tmp_path, 50, "breakout", "data")
 
 
-def test_differing_lengths_are_an_error(tmp_path, data):
-    resave(data["terminal"], lambda a: a[:-1])
-    message = script_error(tmp_path)
-    assert data["observation"].name in message
-    assert "differ in length" in message
+def test_flipped_bit_in_a_reward_file_is_an_error(atc, tmp_path, data):
+    """It is read to its end, where the checksum is."""
+    content = bytearray(data["reward"].read_bytes())
+    content[-6] ^= 1  # of the checksum itself
+    data["reward"].write_bytes(content)
+    with pytest.raises(SystemExit, match=r"CRC|check failed"):
+        prepare(atc, tmp_path, 50, "breakout", "data")
 
 
-def test_truncated_file_is_an_error(atc, tmp_path, data):
-    observation, reward = data["observation"].read_bytes(), data["reward"].read_bytes()
-    data["observation"].write_bytes(observation[: len(observation) // 2])
-    assert data["observation"].name in script_error(tmp_path)
-    data["observation"].write_bytes(observation)
-    for size in (0, 5, 50, len(reward) - 20):
-        data["reward"].write_bytes(reward[:size])
-        with pytest.raises(SystemExit, match=re.escape(data["reward"].name)):
-            atc.prepare_shard(tmp_path / "cache", tmp_path / "data", 50, "breakout", 1, 1)
+def test_missing_files_are_an_error(atc, tmp_path, data):
+    data["reward"].unlink()
+    for folder in ("data", "nowhere"):
+        with pytest.raises(SystemExit, match=r"/Breakout lacks files of run 1, checkpoint 1\. Where to get them:"):
+            prepare(atc, tmp_path, 50, "breakout", folder)
 
 
-def test_what_is_not_gzip_is_an_error(tmp_path, data):
-    data["action"].write_bytes(gzip.decompress(data["action"].read_bytes()))
-    assert data["action"].name in script_error(tmp_path)
+def test_too_few_rows_in_a_file_are_an_error(atc, tmp_path, data):
+    with pytest.raises(SystemExit, match="has not 60 usable rows"):  # the last of 60 may be stale
+        prepare(atc, tmp_path, 60, "breakout", "data")
 
 
-def test_too_few_rows_in_a_file_are_an_error(tmp_path, data):
-    message = script_error(tmp_path, "--rows-per-checkpoint", "60")
-    assert data["observation"].name in message
-    assert "59 usable rows" in message
-
-
-@pytest.mark.parametrize("rows", ["3", "8"])  # of which none, or five, are more than padding
-def test_too_few_rows_for_a_sample_are_an_error(tmp_path, data, rows):
-    assert "breakout" in script_error(tmp_path, "--rows-per-checkpoint", rows).lower()
-
-
-def test_fewer_transitions_than_files_are_an_error(tmp_path, breakout):
-    write(tmp_path / "data", "Breakout", file_of(breakout, padded=True)[:60], number=48)
-    write(tmp_path / "data", "Breakout", file_of(breakout, padded=True)[:60], number=47)
-    args = ["--game", "breakout", "--checkpoints", "47", "48", "--num-transitions", "1"]
-    assert "rows" in script_error(tmp_path, *args, script="finetune_bc.py")
+@pytest.mark.parametrize("rows", [3, 8])  # of which none, or five, are more than padding
+def test_too_few_rows_for_a_sample_are_an_error(atc, tmp_path, data, rows):
+    path = prepare(atc, tmp_path, rows, "breakout", "data")
+    with pytest.raises(SystemExit, match="Too few train samples of 7 rows: use more rows"):
+        atc.Windows([(13, path)], 7, 1, 0, "train")
 
 
 def test_fewer_samples_than_processes_are_an_error(atc, monkeypatch, tmp_path, data):
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path / "data", 50, "breakout", 1, 1)
+    path = prepare(atc, tmp_path, 50, "breakout", "data")
     monkeypatch.setattr(atc, "WORLD_SIZE", 8)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="Too few held_out samples"):
         atc.Windows([(13, path)], 7, 8, 0, "held_out")  # a single one
 
 
-def test_batch_larger_than_the_samples_is_an_error(tmp_path, data):
-    message = script_error(tmp_path, "--batch-size", "64")
-    assert "fewer than 64" in message
+def test_odd_rewards(atc, breakout, tmp_path):
+    """NaN and infinite rewards count as 0, 1 and -1; every return-to-go is finite."""
+    odd, signs = np.float32([np.nan, np.inf, -np.inf, 0.5, -200.0, -0.0]), np.resize([0, 1, -1, 1, -1, 0], 59)
+    reward, terminal = np.resize(odd, 60), np.zeros(60, np.uint8)
+    write(tmp_path, "breakout", file_of(breakout[5:], padded=False)[20:80], reward=reward, terminal=terminal)
+    shard = np.fromfile(prepare(atc, tmp_path, 50, "breakout"), atc.ROW)
+    assert shard["reward"].tolist() == signs[:50].tolist()
+    assert shard["return_to_go"].tolist() == [signs[i:].sum() for i in range(50)]
 
 
-def test_unknown_game_is_an_error(tmp_path):
-    message = script_error(tmp_path, "--games", "pong", "tetris")
-    assert message.startswith("Unknown game 'tetris'")
-
-
-def test_damaged_shard_is_an_error(atc, tmp_path, data):
-    path = atc.prepare_shard(tmp_path / "cache", tmp_path / "data", 50, "breakout", 1, 1)
-    path.write_bytes(path.read_bytes()[:20_000])
-    assert path.name in script_error(tmp_path, "--data-dir", tmp_path / "data")
-
-
-# The order of samples.
-@pytest.fixture(scope="session")
-def numbered(cache, tmp_path_factory) -> list[tuple[int, Path]]:
-    """Shards of real play of different lengths; return_to_go has the row's number, and 1,000 more for each shard."""
-    shards = []
-    for s, (path, rows) in enumerate(zip(sorted(cache.glob("prepared/*.npy")), (950, 150, 403, 777), strict=True)):
-        shard = np.load(path)[:rows]
-        shard["fields"]["return_to_go"] = 1000 * s + np.arange(rows)
-        shards.append((s, tmp_path_factory.mktemp("numbered") / f"{s}.npy"))
-        np.save(shards[-1][1], shard)
-    return shards
-
-
+# The order of samples, and how they are read.
 LENGTHS = (950, 150, 403, 777)  # of the numbered shards
+
+
+@pytest.fixture(scope="session")
+def numbered(atc, cache, tmp_path_factory) -> list[tuple[int, Path]]:
+    """Shards of real play of different lengths; return_to_go has the row's number, and 1,000 more for each shard."""
+    shards, folder = [], tmp_path_factory.mktemp("numbered")
+    for s, (path, rows) in enumerate(zip(sorted(cache.glob("*.bin")), LENGTHS, strict=True)):
+        shard = np.fromfile(path, atc.ROW)[:rows]
+        shard["return_to_go"] = 1000 * s + np.arange(rows)
+        shards.append((s, folder / f"{s}.bin"))
+        shard.tofile(shards[-1][1])
+    return shards
 
 
 def places(batch: dict) -> list[tuple[int, int]]:
@@ -555,13 +579,17 @@ def places(batch: dict) -> list[tuple[int, int]]:
     return found
 
 
+def epoch_of(atc, windows, epoch: int = 0) -> list[dict]:
+    return [batch_of(atc, windows, epoch * windows.batches + i) for i in range(windows.batches)]
+
+
 @pytest.mark.parametrize("length", [4, 7])
 def test_epoch_visits_every_window_once(atc, numbered, length):
     """Training: all windows but the dropped last batch; held out: the last 1%; no row is in both."""
     train = atc.Windows(numbered, length, 32, 0, "train")
     held_out = atc.Windows(numbered, length, 1, 0, "held_out")
-    visited = [place for i in range(train.batches) for place in places(train[i])]
-    kept = [place for i in range(held_out.batches) for place in places(held_out[i])]
+    visited = [place for batch in epoch_of(atc, train) for place in places(batch)]
+    kept = [place for batch in epoch_of(atc, held_out) for place in places(batch)]
     expected, expected_kept = [], []
     for shard, rows in enumerate(LENGTHS):
         windows = rows - length + 1
@@ -574,19 +602,7 @@ def test_epoch_visits_every_window_once(atc, numbered, length):
     assert set(visited) <= set(expected)
     assert train.size == len(expected)
     single = atc.Windows(numbered, length, 1, 0, "train")  # nothing is dropped
-    assert sorted(place for i in range(single.batches) for place in places(single[i])) == expected
-
-
-def test_all_windows_are_visited_once(atc, numbered):
-    """Fine-tuning: with a short last batch, also in the second epoch, which has another order."""
-    data = atc.Windows(numbered, 4, 512, 0, "all")
-    expected = [(shard, first) for shard, rows in enumerate(LENGTHS) for first in range(rows - 3)]
-    batches = [places(data[i]) for i in range(2 * data.batches)]
-    assert [len(batch) for batch in batches] == 2 * [512, 512, 512, 512, len(expected) - 4 * 512]
-    epochs = [[place for batch in part for place in batch] for part in (batches[:5], batches[5:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != expected
+    assert sorted(place for batch in epoch_of(atc, single) for place in places(batch)) == expected
 
 
 def same(one: dict, other: dict) -> bool:
@@ -594,29 +610,54 @@ def same(one: dict, other: dict) -> bool:
 
 
 def test_batch_is_the_same_however_it_is_reached(atc, numbered):
-    """By another object, after other batches, or in a worker process. Seeds and epochs differ."""
+    """By another object, after other batches, or by threads that read ahead. Seeds and epochs differ."""
     data = atc.Windows(numbered, 7, 64, 3, "train")
     order = [data.batches + 1, 0, 5, 2 * data.batches - 1, 5]
-    batches = [data[i] for i in order]
+    batches = [batch_of(atc, data, i) for i in order]
     assert same(batches[2], batches[4])
-    assert not same(batches[0], atc.Windows(numbered, 7, 64, 3, "train")[1])  # the next epoch's
-    assert not same(batches[1], atc.Windows(numbered, 7, 64, 4, "train")[0])  # another seed's
+    assert not same(batches[0], batch_of(atc, data, 1))  # the next epoch's
+    assert not same(batches[1], batch_of(atc, atc.Windows(numbered, 7, 64, 4, "train")))  # another seed's
     for i, batch in zip(order, batches, strict=True):
-        assert same(batch, atc.Windows(numbered, 7, 64, 3, "train")[i])
-    fresh = atc.Windows(numbered, 7, 64, 3, "train")
-    loaded = list(DataLoader(fresh, sampler=order, batch_size=None, num_workers=2))
-    assert len(loaded) == len(batches)
-    for batch, other in zip(loaded, batches, strict=True):
-        assert same({name: np.asarray(value) for name, value in batch.items()}, other)
+        assert same(batch, batch_of(atc, atc.Windows(numbered, 7, 64, 3, "train"), i))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 50])
+def test_reading_ahead_keeps_the_order(atc, numbered, threads):
+    """From any step on, over epochs' ends, each batch is what it is when it is read alone."""
+    data = atc.Windows(numbered, 7, 64, 3, "train")
+    steps = range(5, 2 * data.batches + 3)
+    read = list(atc.read_ahead(data, steps, threads))
+    assert [step for step, _ in read] == list(steps)
+    for step, (rows, game_id) in read:
+        expected_rows, expected_game_id = data.batch(step)
+        assert torch.equal(rows, expected_rows) and torch.equal(game_id, expected_game_id)
+    assert list(atc.read_ahead(data, range(0), threads)) == []
+
+
+def test_an_error_of_a_reading_thread_is_raised(atc, numbered):
+    """In the training loop, at the step whose batch it is."""
+    data = atc.Windows(numbered, 7, 64, 3, "train")
+    read = data.batch
+
+    def fail(i):
+        if i == 3:
+            raise OSError("Input/output error")
+        return read(i)
+
+    data.batch = fail
+    batches = atc.read_ahead(data, range(100), 4)
+    assert [next(batches)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="Input/output error"):
+        next(batches)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("part", ["train", "held_out", "all"])
+@pytest.mark.parametrize("part", ["train", "held_out"])
 def test_ranks_share_the_batch_of_one_process(atc, monkeypatch, numbered, part, world_size):
-    """In order and, but for a short last batch of "all", in equal parts."""
+    """In order and in equal parts."""
     batch_size = 6 if part == "held_out" else 96
     single = atc.Windows(numbered, 7, batch_size, 0, part)
-    whole = [single[i] for i in range(single.batches)]
+    whole = epoch_of(atc, single)
     assert len(whole) >= 2
     pieces = []
     monkeypatch.setattr(atc, "WORLD_SIZE", world_size)
@@ -624,120 +665,128 @@ def test_ranks_share_the_batch_of_one_process(atc, monkeypatch, numbered, part, 
         monkeypatch.setattr(atc, "RANK", rank)
         data = atc.Windows(numbered, 7, batch_size, 0, part)
         assert data.batches == single.batches
-        pieces.append([data[i] for i in range(data.batches)])
+        pieces.append(epoch_of(atc, data))
     for i, batch in enumerate(whole):
         parts = [piece[i] for piece in pieces]
         assert same(batch, {name: np.concatenate([one[name] for one in parts]) for name in batch})
-        if len(batch["action"]) == batch_size:
-            assert {len(one["action"]) for one in parts} == {batch_size // world_size}
+        assert {len(one["action"]) for one in parts} == {batch_size // world_size}
 
 
-def test_pages_are_read_as_they_are_needed(atc, numbered):
-    """Mapped files are marked as read at random: else of what is not in RAM many times what is needed would be read."""
-    atc.Windows(numbered, 7, 64, 0, "train")
-    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    for _, path in numbered:
-        marks = [re.search("VmFlags: (.*)", mapping)[1].split() for mapping in mappings if str(path) in mapping]
-        assert marks and all("rr" in of for of in marks)
-
-
-def test_windows_are_asked_for_while_they_come_from_the_disk(atc, numbered, monkeypatch):
-    """All of a batch, each whole; not after a batch that was in RAM."""
-    map_shard, asked = atc.map_shard, []
-
-    def spied(path: Path) -> SimpleNamespace:
-        base = SimpleNamespace(madvise=lambda *advice: asked.append((path, *advice)))
-        return SimpleNamespace(offset=map_shard(path).offset, base=base)
-
+def test_batches_hold_the_bytes_of_the_shards(atc, numbered):
+    """Each window is a piece of its shard's file, byte by byte."""
     data = atc.Windows(numbered, 7, 64, 0, "train")
-    monkeypatch.setattr(atc, "map_shard", spied)
-    blocks = iter([0, 8, 8, 8, 8, 16, 16, 16])  # read by the process so far, before and after each of four batches
-    monkeypatch.setattr(atc.resource, "getrusage", lambda _: SimpleNamespace(ru_inblock=next(blocks)))
-    for is_cold in (True, True, False, True):
-        asked.clear()
-        batch = data[0]
-        assert len(asked) == 64 * is_cold
-        for window, (path, advice, start, length) in zip(batch["frames"], asked, strict=is_cold):
-            assert advice == mmap.MADV_WILLNEED
-            assert start % mmap.PAGESIZE == 0 and length <= 7 * 7064 + mmap.PAGESIZE
-            content = path.read_bytes()[start : start + length]
-            assert all(frame.tobytes() in content for frame in window)
+    contents = [path.read_bytes() for _, path in numbered]
+    rows, game_id = data.batch(0)
+    assert rows.shape == (64, 7, 7064) and rows.dtype == torch.uint8
+    for window, shard in zip(rows.numpy(), game_id.tolist(), strict=True):
+        at = contents[shard].find(window.tobytes())
+        assert at >= 0 and at % 7064 == 0
 
 
-# Replay that the script plays itself.
-def test_own_replay_is_what_the_environment_returned(atc, monkeypatch, tmp_path):
-    """Padded, of the right length, and frame by frame what ALE shows for the same seeds and actions, sticky ones."""
-    game, rows, seeds = "klax", 600, []
-    AtariVectorEnv = atc.AtariVectorEnv
-
-    class Spy(AtariVectorEnv):
-        def reset(self, *, seed):
-            seeds.append(seed)
-            return super().reset(seed=seed)
-
-    monkeypatch.setattr(atc, "AtariVectorEnv", Spy)
-    atc.play_game(tmp_path, rows, game)
-    files = {field: tmp_path / BUCKET.format(game="Klax", run=1, field=field, checkpoint=1) for field in FIELDS}
-    columns = {}
-    for field, dtype in FIELDS.items():
-        with gzip.open(files[field]) as stream:
-            columns[field] = np.load(stream)
-        assert columns[field].dtype == dtype
-        assert rows < len(columns[field]) <= rows + 4  # readers leave out the last row
-    observation, action, reward, terminal = columns.values()
-
-    ale = ale_py.ALEInterface()
-    ale.setFloat("repeat_action_probability", 0.25)
-    ended, i = True, 0
-    for seed in seeds:  # an episode each
-        assert ended
-        assert not any(column[i : i + 3].any() for column in columns.values())
-        i, ended = i + 3, False
-        ale.setInt("random_seed", seed)
-        ale.loadROM(roms.get_rom_path(game))
-        ale.reset_game()
-        screen = ale.getScreenGrayscale()
-        while not ended and i < len(action):
-            frame = cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA)
-            np.testing.assert_array_equal(observation[i], frame, err_msg=f"row {i}")
-            points, screens = 0, []
-            for _ in range(4):
-                points += ale.act(ale.getMinimalActionSet()[action[i]])
-                screens.append(ale.getScreenGrayscale())
-                if ale.game_over():
-                    break
-            screen = np.maximum(*screens[-2:]) if len(screens) == 4 else screens[-1]
-            ended = ale.game_over()
-            assert (reward[i], terminal[i]) == (points, ended), i
-            i += 1
-    assert i == len(action)
-    assert terminal.sum() >= 2  # several episodes
-    assert set(action) == set(range(len(ale.getMinimalActionSet())))
-    assert len(set(seeds)) == len(seeds)
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from conftest import load
+atc = load("pretrain_atc.py")
+path, rows = Path("shard.bin"), int(sys.argv[1])
+with open(path, "wb") as file:
+    file.truncate(rows * atc.ROW.itemsize)
+data = atc.Windows([(0, path)], 7, 64, 0, "train")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _, batch in atc.read_ahead(data, range(400), 4):
+    atc.unpack(*batch, "cpu")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
 
 
-def test_own_replay_is_played_once(atc, monkeypatch, tmp_path):
-    atc.play_game(tmp_path / "one", 50, "pong")
-    atc.play_game(tmp_path / "other", 50, "pong")
-    files = sorted(path for path in tmp_path.glob("one/**/*") if path.is_file())
-    assert len(files) == 4
-    for path in files:  # the same, wherever it is played
-        other = tmp_path / "other" / path.relative_to(tmp_path / "one")
-        assert gzip.decompress(path.read_bytes()) == gzip.decompress(other.read_bytes())
-    before = [(path, path.stat().st_mtime_ns) for path in files]
-    monkeypatch.setattr(atc, "AtariVectorEnv", None)  # cannot be played again
-    atc.play_game(tmp_path / "one", 50, "pong")
-    assert [(path, path.stat().st_mtime_ns) for path in files] == before
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """400 batches, 1.3 GB of rows, of a file of 14 GB and of one of 14 MB take the same memory, 100 MB at most."""
+    for rows in (2_000, 2_000_000):
+        command = [sys.executable, "-c", MEMORY, str(rows)]
+        path = environment(PYTHONPATH=str(ROOT / "tests"))
+        done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert int(done.stdout) < 100 * 1024, rows  # kilobytes
 
 
-def test_own_replay_can_be_read(atc, cache):
-    """1,000 rows of each game: history of the first stack and all rows but padding; starts follow terminals."""
-    for path in cache.glob("prepared/*.npy"):
-        fields = atc.open_shard(path)["fields"]
-        ends = fields["terminal"].sum()
-        assert len(fields) == 3 + 1000 - 3 * (1 + ends)
-        expected = [False, False, False, True, *fields["terminal"][3:-1].tolist()]
-        assert fields["starts"].tolist() == expected
+def test_too_few_file_descriptors_for_the_shards(atc, numbered, monkeypatch):
+    """A line that says so; with as many as the system allows, the soft limit is raised."""
+    limits = {"hard": 64, "set": None}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, limits["hard"]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.update(set=values))
+    with pytest.raises(SystemExit, match=r"4 shards are too many for 64 open files: raise `ulimit -Hn`\."):
+        atc.Windows(numbered, 7, 64, 0, "train")
+    assert limits["set"] is None
+    for limits["hard"] in (1_000_000, resource.RLIM_INFINITY):
+        atc.Windows(numbered, 7, 64, 0, "train")
+        assert limits["set"] == (limits["hard"], limits["hard"])
+
+
+# Data that the script plays itself.
+@pytest.fixture
+def recorder(atc, monkeypatch) -> list:
+    """Every environment that is made, with what it returned and was given."""
+    made = []
+
+    class Recorder(atc.AtariVectorEnv):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.options, self.frames, self.steps = options, [], []
+            made.append(self)
+
+        def reset(self, **options):
+            stack, info = super().reset(**options)
+            self.frames.append(stack[0, -1].copy())
+            return stack, info
+
+        def step(self, actions):
+            stack, reward, terminated, truncated, info = super().step(actions)
+            self.frames.append(stack[0, -1].copy())
+            self.steps.append((int(actions[0]), float(reward[0]), bool(terminated[0] or truncated[0])))
+            return stack, reward, terminated, truncated, info
+
+    monkeypatch.setattr(atc, "AtariVectorEnv", Recorder)
+    return made
+
+
+def test_own_play_is_what_the_environment_returned(atc, recorder, tmp_path):
+    """Row by row: the frame that was seen, the random action, the reward and whether the episode ended."""
+    rows = 600
+    shard = np.fromfile(atc.play_shard(atc.Args(cache_dir=tmp_path), rows, "klax"), atc.ROW)
+    (env,) = recorder
+    assert env.options["repeat_action_probability"] == 0.25 and not env.options["reward_clipping"]
+    assert len(shard) == len(env.steps) == rows
+    np.testing.assert_array_equal(shard["frame"], env.frames[:rows])
+    action, reward, ended = map(np.array, zip(*env.steps, strict=True))
+    assert shard["action"].tolist() == action.tolist() and set(action) == set(range(env.single_action_space.n))
+    assert shard["reward"].tolist() == np.sign(reward).tolist() and reward.any()
+    assert shard["terminal"].tolist() == ended.tolist() and ended.sum() >= 2  # several episodes
+    assert shard["is_first"].tolist() == [False, *ended[:-1]]
+    ends = [*np.flatnonzero(ended).tolist(), rows - 1]
+    expected = [np.sign(reward[i : min(end for end in ends if end >= i) + 1]).sum() for i in range(rows)]
+    assert shard["return_to_go"].tolist() == expected
+
+
+def test_own_play_is_played_once(atc, recorder, tmp_path):
+    folders = tmp_path / "one", tmp_path / "other"
+    for folder in folders:
+        folder.mkdir()
+        atc.play_shard(atc.Args(cache_dir=folder), 50, "pong")
+    one, other = (folder / "pong_played_50.bin" for folder in folders)
+    assert one.read_bytes() == other.read_bytes()  # the same, wherever it is played
+    before = one.stat().st_mtime_ns
+    atc.play_shard(atc.Args(cache_dir=folders[0]), 50, "pong")
+    assert one.stat().st_mtime_ns == before and len(recorder) == 2
+    assert [*folders[0].iterdir()] == [one]
+
+
+def test_own_play_can_be_read(atc, cache):
+    """1,000 rows of each game, of which each follows the one before."""
+    for path in cache.glob("*.bin"):
+        shard = np.fromfile(path, atc.ROW)
+        assert len(shard) == 1000
+        assert shard["is_first"][1:].tolist() == shard["terminal"][:-1].tolist()
 
 
 # Augmentation.
