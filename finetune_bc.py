@@ -6,11 +6,10 @@
 """Behaviour cloning: fine-tunes a pre-trained ResNet-50 on one game, then plays 100 episodes for the score.
 
 A new neck g and head h on the frozen backbone f learn to predict the action a that the recorded player took on a stack
-of frames o. Stacks are augmented (randomly shifted and scaled):
+of frames o. Stacks are augmented (randomly shifted and scaled). Data and schedule are those of the Atari Pre-training
+Benchmark (arXiv 2406.06037).
 
     loss = -mean_i log softmax( h(g(f(o_i))) )[a_i]
-
-Data and schedule are those of the Atari Pre-training Benchmark (arXiv 2406.06037).
 
     python finetune_bc.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt --data-dir /data/dqn_replay
     python finetune_bc.py --game pong                            # baseline "random": a frozen random backbone
@@ -267,23 +266,23 @@ def normalize(game: str, score: float) -> float:
     return (score - low) / (high - low + 1e-6)  # as in the original code: both are 0 in montezuma_revenge
 
 
-# === pre-trained backbone [shared] ====================================================================================
+# === checkpoint files [shared] ========================================================================================
 def load_checkpoint(path: Path) -> dict:
-    """Content of a pretrain_*.py run's checkpoint or of an original author's .pth, whose backbone gets our names."""
+    """Content of a checkpoint of a pretrain_*.py run or of the benchmark's authors, whose names become ours."""
     scalar, codes = np._core.multiarray.scalar, np.typecodes["AllInteger"] + np.typecodes["Float"]
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(code)) for code in codes)]
     try:
         with torch.serialization.safe_globals(allowed):  # the authors' DT files hold NumPy scalars
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {}
-        for name, value in content["backbone"].items():
-            name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
-            if not name.startswith("stem."):  # the authors' files hold the first convolution twice
-                state[name] = value
-        return content | {"backbone": state}
+        for part in ["backbone", *(content.keys() & {"neck", "head"})]:
+            state, content[part] = content[part], {}
+            for name, value in state.items():
+                name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
+                if not name.startswith("stem."):  # the authors' files hold the first convolution twice
+                    content[part][name] = value
+        return content
     except Exception as error:
-        what = f"a checkpoint of a pretrain_*.py run or of the Atari-PB authors ({type(error).__name__})"
-        raise SystemExit(f"{path} cannot be read as {what}.") from error
+        raise SystemExit(f"{path} is no checkpoint of pretrain_*.py or the authors: {type(error).__name__}") from error
 
 
 def load_part(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -306,6 +305,7 @@ def describe(content: dict) -> dict:
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
 
 
+# === pre-trained backbone [shared] ====================================================================================
 def make_backbone(args) -> tuple[ResNet, str, dict]:
     """The backbone, loaded or initialised, the method's name in the results, and what they say of the checkpoint"""
     backbone, method = ResNet(args.width_multiplier, args.blocks), "random" if args.freeze_backbone else "e2e"
