@@ -547,7 +547,7 @@ def train(args: Args) -> None:
     start = 0
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changed = {key: old for key, old in state["args"].items() if key not in MAY_CHANGE and plain_args[key] != old}
+        changed = {k: old for k, old in state["args"].items() if k not in MAY_CHANGE and plain_args.get(k) != old}
         if changed:
             raise SystemExit(f"{checkpoint} was trained with {changed}: resume with these, or choose --run-name.")
         for name, part in objective.named_children():
