@@ -65,8 +65,6 @@ class Args:
     batch_size: int = 512  # samples in a step; the last step of an epoch has the rest
     learning_rate: float = 1e-3  # of AdamW, after the warm-up
     weight_decay: float = 1e-4  # of AdamW, for all parameters
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    adam_eps: float = 1e-8  # of AdamW
     max_grad_norm: float = 0.5  # gradients are clipped to this L2 norm; inf turns clipping off
     width_multiplier: float = 1.0  # scales the ResNet's channels; as in pre-training
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; as in pre-training
@@ -542,13 +540,15 @@ def finetune(args: Args) -> None:
     policy.backbone.train(not args.freeze_backbone)
     model = torch.compile(policy) if args.compile else policy
     learned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, args.learning_rate, args.betas, args.adam_eps, args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     precision = autocast(device, args.precision)
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
     for path in [result, *run_dir.glob("events.*")]:  # an unfinished run begins anew
         path.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
     (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
+    table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
     print(f"{game}: {method}, seed {args.seed}, on {len(samples):,} transitions; run: {run_dir}", flush=True)
 
     batches, clock = math.ceil(len(samples) / args.batch_size), time.perf_counter()  # batches in an epoch
