@@ -283,13 +283,6 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"{path} is no checkpoint of pretrain_*.py or the authors: {type(error).__name__}") from error
 
 
-def load_part(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise SystemExit(f"{path} has another network: set --width-multiplier and --blocks as in its run.") from error
-
-
 def describe(content: dict) -> dict:
     """What results say of a checkpoint: a digest of its backbone, and the steps and the data of its pre-training"""
     digest, args, pretraining = 0, content.get("args"), None
@@ -304,6 +297,13 @@ def describe(content: dict) -> dict:
 
 
 # === pre-trained backbone [shared] ====================================================================================
+def load_part(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise SystemExit(f"{path} has another network: set --width-multiplier and --blocks as in its run.") from error
+
+
 def make_backbone(args) -> tuple[ResNet, str, dict]:
     """The backbone, loaded or initialised, the method's name in the results, and what they say of the checkpoint"""
     backbone, method = ResNet(args.width_multiplier, args.blocks), "random" if args.freeze_backbone else "e2e"
