@@ -1,6 +1,6 @@
 """What the benchmarks share: importing a script, runs that take turns, processes of their own, tables and records.
 
-A measurement is a function of a benchmark that returns figures as JSON has them. Where memory or the allocator matter,
+A measurement is a function of a benchmark that returns figures as JSON has them. Where memory or the allocator matters,
 it is called in a process of its own.
 """
 
@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALLOCATOR = {  # glibc's settings: freed memory, up to 16 GB, is used again; it is asked for by 64 MB, in huge pages
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864"
     ":glibc.malloc.hugetlb=1"
@@ -33,26 +34,30 @@ def load(name: str):
     return module
 
 
-def peak_memory() -> float:
-    """The most memory in GB that this process has had."""
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 1024**2
-
-
 def memory(kind: str) -> float:
-    """This process's memory now in GB, of a kind in /proc/self/status: RssAnon is its own, RssFile is mapped files."""
+    """This process's memory in GB, of a kind in /proc/self/status: VmHWM is the most it had, RssAnon is its own."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) / 1024**2
 
 
-def in_new_process(call: list, **environment: str) -> dict:
-    """The figures of `call`, a measurement's name and its arguments, by this benchmark in a process of its own."""
+def start_process(call: list, **environment: str) -> subprocess.Popen:
+    """Starts a measurement, `call` is its name and arguments, of this benchmark in a process of its own."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("GLIBC_", "MALLOC_"))}
     command = [sys.executable, sys.argv[0], "--measure", json.dumps(call)]
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{call} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=inherited | environment, **pipes)
+
+
+def figures_of(process: subprocess.Popen) -> dict:
+    """Sends the process a line, for which it may wait, and returns its figures."""
+    printed, _ = process.communicate("\n")
+    if process.returncode:
+        raise SystemExit(f"{process.args} failed")
+    return json.loads(printed.splitlines()[-1])
+
+
+def in_new_process(call: list, **environment: str) -> dict:
+    return figures_of(start_process(call, **environment))
 
 
 def take_turns(ways: dict, rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
@@ -78,7 +83,8 @@ def median(values: list[float]) -> float:
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{os.cpu_count()} cores of {name}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} cores of {name}"
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -101,7 +107,7 @@ def record(name: str, figures: dict) -> None:
 
 
 def start(measurements: list, main) -> None:
-    """Runs the benchmark, or the one measurement that `in_new_process` asks for."""
+    """Runs the benchmark, or the one measurement that `start_process` asks for."""
     if sys.argv[1:2] == ["--measure"]:
         name, *arguments = json.loads(sys.argv[2])
         print(json.dumps({function.__name__: function for function in measurements}[name](*arguments)))
