@@ -5,9 +5,9 @@
 # ///
 """Behaviour cloning: fine-tunes a pre-trained ResNet-50 on one game, then plays 100 episodes for the score.
 
-A new neck g and head h on the frozen backbone f learn to predict the action a that the recorded player took on a stack
-of frames o. Stacks are augmented (randomly shifted and scaled). Data and schedule are those of the Atari Pre-training
-Benchmark (arXiv 2406.06037).
+A new neck g and head h on the frozen backbone f learn to predict the action a that the recorded player chose on seeing
+a stack of 4 frames, o. Stacks are augmented (random shift, random intensity). Data and schedule are those of the Atari
+Pre-training Benchmark (arXiv 2406.06037).
 
     loss = -mean_i log softmax( h(g(f(o_i))) )[a_i]
 
@@ -16,7 +16,7 @@ Benchmark (arXiv 2406.06037).
     python finetune_bc.py --game pong --no-freeze-backbone       # baseline "e2e": everything is learned from scratch
 
 Without --data-dir this is a smoke test on random play. The result is results/bc/<method>/<game>/seed<k>.json. If it is
-there already, the script does nothing: to continue a sweep, start it again. `eval_iqm.py` makes tables of results.
+there already, the script does nothing: to continue a sweep, run its commands again. `eval_iqm.py` makes the tables.
 """
 
 import gzip
@@ -66,13 +66,13 @@ class Args:
     learning_rate: float = 1e-3  # of AdamW, after the warm-up
     weight_decay: float = 1e-4  # of AdamW, for all parameters
     max_grad_norm: float = 0.5  # gradients are clipped to this L2 norm; inf turns clipping off
-    width_multiplier: float = 1.0  # scales the ResNet's channels; as in pre-training
+    width_multiplier: float = 1.0  # scales the ResNet's channels, as in pre-training
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; as in pre-training
 
     data_dir: Path | None = None  # the DQN Replay Dataset; default: a smoke test on random play
     runs: tuple[int, ...] = (1, 2, 3, 4, 5)  # runs of the DQN agent to read
     checkpoints: tuple[int, ...] = (50,)  # replay checkpoints to read, for each run
-    num_transitions: int = 50_000  # rows to read, the same number from the start of each checkpoint; few: few-shot
+    num_transitions: int = 50_000  # rows to read in all, an equal part from the start of each checkpoint; few: few-shot
     action_offset: int = 0  # added to recorded actions: 1 for the authors' basic_math and othello, which lack action 0
     play_rows: int = 1_000  # rows to play when there is no --data-dir
     cache_dir: Path = Path("cache")  # for prepared data; all scripts and runs can share it
@@ -109,7 +109,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution around a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -127,7 +127,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, 2048 width, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -144,14 +144,14 @@ class ResNet(nn.Module):
         self.channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42]
+        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42], with a --width-multiplier of 1
         x = self.layer2(self.layer1(x))  # [b, 256, 42, 42], [b, 512, 21, 21]
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
 # === neck and head [shared] ===========================================================================================
 class Neck(nn.Module):
-    """Weights the map by the game's embedding, averages it and applies an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
+    """Map times the game's embedding, averaged, LayerNorm, MLP: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
     def __init__(self, channels: int, games: int):
         super().__init__()
@@ -173,16 +173,16 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        y = x @ self.weight  # [games, b, a]; for all games is cheaper than gathering a matrix per sample (512 MB)
+        y = x @ self.weight  # [games, b, a]; this is cheaper than a matrix per sample (512 MB where a = 512)
         return y[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # rows before its own row that a stack of 4 frames needs
+HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
-    """All stacks of 4 frames of windows of rows, oldest frame first; frames of an earlier episode are zeroed.
+    """Every stack of 4 consecutive frames in windows of rows, oldest first; frames of an earlier episode are zeroed.
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
@@ -192,7 +192,7 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
-    """Random shift (repeats the edge) and random intensity, one draw per sample: uint8 [b, n, 4, 84, 84] -> float32"""
+    """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
     b, device = len(stacks), stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
@@ -205,7 +205,7 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
 
 # === policy ===========================================================================================================
 class Policy(nn.Module):
-    """Stacks [b, 4, 84, 84] in [0, 1] -> logits [b, 18], of which a game uses the first"""
+    """Stacks [b, 4, 84, 84] in [0, 1] -> logits [b, 18]; a game with n actions uses the first n"""
 
     def __init__(self, backbone: ResNet):
         super().__init__()
@@ -324,7 +324,7 @@ PADDING = 3  # blank rows before every episode in the dataset
 
 
 def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
-    """The first `rows` rows of a gzipped .npy, without decompressing the rest; with `most`, integers from 0 to most."""
+    """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are integers to `most`."""
     try:
         with gzip.open(path) as file:
             old = np.lib.format.read_magic(file) == (1, 0)
@@ -334,7 +334,7 @@ def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
                 raise ValueError("its array is in Fortran order, not in C order")
             count = int(min(rows, total))
             content = file.read(count * math.prod(shape) * dtype.itemsize)
-            file.read(1)  # at the end of a file, its checksum is compared
+            file.read(1)  # if that was all, this compares the file's checksum
         values = np.frombuffer(content, dtype).reshape(count, *shape)
         if most < math.inf and not (np.array_equal(values, values.astype(np.uint8)) and values.max() <= most):
             raise ValueError(f"it holds {dtype} from {values.min()} to {values.max()}, not integers from 0 to {most}")
@@ -344,7 +344,7 @@ def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
 
 
 def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
-    """Writes the first `rows` rows as a shard. More rewards and terminals complete the last episode's returns-to-go."""
+    """Writes the first `rows` rows as a shard. Rewards and terminals may have more rows, for the returns-to-go."""
     reward, terminal = np.sign(np.nan_to_num(reward.astype(np.float32))), terminal.astype(bool)
     to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
     last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
@@ -361,9 +361,9 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
     for name, column in columns.items():
         shard[name][HISTORY:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
-    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]
+    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]  # a slice, as there may be no such row
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # an episode's first row needs blank rows as its history
+    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
     temporary.replace(path)  # in one move: there is never half a shard
 
 
@@ -391,7 +391,7 @@ def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path
         reward, terminal = read_npy(files[2], math.inf), read_npy(files[3], math.inf, most=1)
         reward, terminal = reward[:-1], terminal[:-1]  # the last row may be stale
         if frame.size != rows * 84 * 84 or not 0 < len(action) == rows <= len(reward) == len(terminal):
-            raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ in length.")
+            raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ: read fewer rows.")
         save_shard(path, rows, frame.reshape(rows, 84, 84), action, reward, terminal)
     return path
 
@@ -414,7 +414,7 @@ def play_shard(args, rows: int, game: str) -> Path:
     return path
 
 
-def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Path]], str]:
+def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
@@ -425,8 +425,8 @@ def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Pa
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
     elif (args.data_dir / "source.json").exists():  # by download_data.py
         sources = json.loads((args.data_dir / "source.json").read_text())
-    if not jobs:
-        raise SystemExit("--runs and --checkpoints must name at least one each.")
+    if not jobs or rows < 1:
+        raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
     paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
     game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
     source = "+".join(sorted({sources.get(game, "dqn_replay") for game in games}))
@@ -533,6 +533,8 @@ def finetune(args: Args) -> None:
     replay = [np.fromfile(path, ROW) for _, path in shards]
     samples = [np.arange(len(shard)) >= HISTORY for shard in replay]  # rows whose stack is in their shard
     samples = torch.from_numpy(np.concatenate(samples).nonzero()[0]).to(device)
+    if len(samples) == 0:
+        raise SystemExit("No samples: raise --num-transitions. The first rows of each checkpoint are only history.")
     frames = torch.from_numpy(np.concatenate([shard["frame"] for shard in replay])).to(device)  # [rows, 84, 84]
     is_first = torch.from_numpy(np.concatenate([shard["is_first"] for shard in replay])).to(device)  # [rows]
     actions = torch.from_numpy(np.concatenate([shard["action"] for shard in replay])).long().to(device)  # [rows]
@@ -543,9 +545,7 @@ def finetune(args: Args) -> None:
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     precision = autocast(device, args.precision)
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
-    for path in [result, *run_dir.glob("events.*")]:  # an unfinished run begins anew
-        path.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
+    writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
     (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
     table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
@@ -556,7 +556,7 @@ def finetune(args: Args) -> None:
     bar.set_postfix_str("compiling, about a minute" if args.compile else "")
     for step in bar:
         if step % batches == 0:
-            epoch = samples[torch.randperm(len(samples), device=device)].split(args.batch_size)
+            epoch = samples[torch.randperm(len(samples), device=device)].split(args.batch_size)  # batches
         row = epoch[step % batches]  # [b]
         window = row[:, None] + torch.arange(-HISTORY, 1, device=device)  # [b, 4]
         stacks = augment(stack_frames(frames[window], is_first[window])).squeeze(1)  # o [b, 4, 84, 84]

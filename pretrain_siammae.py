@@ -7,18 +7,18 @@
 
 The ResNet-50 f turns a stack of frames, and the stack k = 1 to 3 steps later, into 6 x 6 cells. Of the later cells all
 but one, p, are hidden. A transformer reconstructs the later pixels by attending to the earlier cells. o_s is a stack,
-o~_s its augmented (randomly shifted and scaled) version:
+o~_s its augmented (random shift, random intensity) version:
 
     x_s = cells of f(o~_s), each through an MLP, plus its position                 36 tokens
     z = Encoder([cls, x_s+k,p]),  m = Encoder([cls, x_s])                          attends to each set of tokens
     y = Decoder(z in their places, mask tokens in all others; m in theirs)         attends to m, then to itself
     loss = mean over all pixels of (sigmoid(y) - o_s+k)^2
 
-The paper hides patches from the whole encoder, its frames are further apart, and its loss is on hidden patches alone.
+Gupta et al. hide patches from the whole encoder, their frames are further apart, their loss is on hidden patches alone.
 Data, network and schedule are those of the Atari Pre-training Benchmark (arXiv 2406.06037).
 
-    python pretrain_siammae.py                                  # smoke test: plays 1,000 random steps of each game
-    python pretrain_siammae.py --data-dir /data/dqn_replay      # the benchmark: 50 games, 10M frames, 100 epochs
+    python pretrain_siammae.py --batch-size 16 --total-steps 100    # smoke test: plays 1,000 random steps of each game
+    python pretrain_siammae.py --data-dir /data/dqn_replay          # the benchmark: 50 games, 10M frames, 100 epochs
     torchrun --nproc-per-node 8 pretrain_siammae.py --data-dir /data/dqn_replay
 """
 
@@ -74,14 +74,14 @@ class Args:
     max_grad_norm: float = math.inf  # gradients are clipped to this L2 norm; inf turns clipping off
     mask_ratio: float = 0.95  # share of the 36 later cells that is hidden
     max_future_offset: int = 3  # k is drawn from 1 to this
-    width_multiplier: float = 1.0  # scales the ResNet's channels
+    width_multiplier: float = 1.0  # scales the ResNet's channels; a multiple of 1/16
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; 3 4 6 3 is a ResNet-50
 
     games: tuple[str, ...] = ()  # such as ms_pacman or MsPacman; default: the benchmark's 50 pre-training games
     data_dir: Path | None = None  # the DQN Replay Dataset; default: a smoke test on random play
     runs: tuple[int, ...] = (1, 2)  # runs of the DQN agent to read, for each game
     checkpoints: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # replay checkpoints to read, for each run
-    rows_per_checkpoint: int = 10_000  # rows to read from the start of each checkpoint, padding included
+    rows_per_checkpoint: int = 10_000  # rows to read from the start of each checkpoint, blank ones included
     play_rows: int = 1_000  # rows to play in each game when there is no --data-dir
     cache_dir: Path = Path("cache")  # for prepared data; all scripts and runs can share it
     num_workers: int = 4  # threads that read batches ahead
@@ -116,7 +116,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution around a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -134,7 +134,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, 2048 width, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -151,7 +151,7 @@ class ResNet(nn.Module):
         self.channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42]
+        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42], with a --width-multiplier of 1
         x = self.layer2(self.layer1(x))  # [b, 256, 42, 42], [b, 512, 21, 21]
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
@@ -284,11 +284,11 @@ def pixel_loss(target: torch.Tensor, pixels: torch.Tensor, masked: torch.Tensor)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # rows before its own row that a stack of 4 frames needs
+HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
-    """All stacks of 4 frames of windows of rows, oldest frame first; frames of an earlier episode are zeroed.
+    """Every stack of 4 consecutive frames in windows of rows, oldest first; frames of an earlier episode are zeroed.
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
@@ -298,7 +298,7 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
-    """Random shift (repeats the edge) and random intensity, one draw per sample: uint8 [b, n, 4, 84, 84] -> float32"""
+    """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
     b, device = len(stacks), stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
@@ -346,8 +346,8 @@ class Objective(nn.Module):
     def reconstruct(self, obs, next_obs, game_id, noise=None):
         """obs, next_obs [b, 4, 84, 84] -> pixels of next_obs, and which of them were masked [b, 1, 84, 84]"""
         x, next_x = self.neck.tokens(self.backbone(torch.cat([obs, next_obs])), game_id.repeat(2)).chunk(2)
-        seen, rank = mask(next_x, self.keep, noise)  # x_s+k,p [b, keep, 512]
-        memory = self.head.tokens(self.neck(x), rank.sort(1).values)  # m, all in their places [b, 37, 512]
+        seen, rank = mask(next_x, self.keep, noise)  # x_s+k,p [b, keep, 512], [b, 36]
+        memory = self.head.tokens(self.neck(x), torch.arange(36, device=x.device).expand_as(rank))  # m [b, 37, 512]
         tokens = self.head.tokens(self.neck(seen), rank)  # z in their places, mask tokens in others [b, 37, 512]
         masked = (rank >= self.keep).view(-1, 1, 6, 6).repeat_interleave(14, 2).repeat_interleave(14, 3)
         return self.head(tokens, game_id, memory).sigmoid(), masked
@@ -392,7 +392,7 @@ PADDING = 3  # blank rows before every episode in the dataset
 
 
 def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
-    """The first `rows` rows of a gzipped .npy, without decompressing the rest; with `most`, integers from 0 to most."""
+    """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are integers to `most`."""
     try:
         with gzip.open(path) as file:
             old = np.lib.format.read_magic(file) == (1, 0)
@@ -402,7 +402,7 @@ def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
                 raise ValueError("its array is in Fortran order, not in C order")
             count = int(min(rows, total))
             content = file.read(count * math.prod(shape) * dtype.itemsize)
-            file.read(1)  # at the end of a file, its checksum is compared
+            file.read(1)  # if that was all, this compares the file's checksum
         values = np.frombuffer(content, dtype).reshape(count, *shape)
         if most < math.inf and not (np.array_equal(values, values.astype(np.uint8)) and values.max() <= most):
             raise ValueError(f"it holds {dtype} from {values.min()} to {values.max()}, not integers from 0 to {most}")
@@ -412,7 +412,7 @@ def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
 
 
 def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
-    """Writes the first `rows` rows as a shard. More rewards and terminals complete the last episode's returns-to-go."""
+    """Writes the first `rows` rows as a shard. Rewards and terminals may have more rows, for the returns-to-go."""
     reward, terminal = np.sign(np.nan_to_num(reward.astype(np.float32))), terminal.astype(bool)
     to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
     last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
@@ -429,9 +429,9 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
     for name, column in columns.items():
         shard[name][HISTORY:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
-    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]
+    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]  # a slice, as there may be no such row
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # an episode's first row needs blank rows as its history
+    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
     temporary.replace(path)  # in one move: there is never half a shard
 
 
@@ -459,7 +459,7 @@ def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path
         reward, terminal = read_npy(files[2], math.inf), read_npy(files[3], math.inf, most=1)
         reward, terminal = reward[:-1], terminal[:-1]  # the last row may be stale
         if frame.size != rows * 84 * 84 or not 0 < len(action) == rows <= len(reward) == len(terminal):
-            raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ in length.")
+            raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ: read fewer rows.")
         save_shard(path, rows, frame.reshape(rows, 84, 84), action, reward, terminal)
     return path
 
@@ -482,7 +482,7 @@ def play_shard(args, rows: int, game: str) -> Path:
     return path
 
 
-def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Path]], str]:
+def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
@@ -493,8 +493,8 @@ def prepare(args, games: tuple[str, ...], rows: int) -> tuple[list[tuple[int, Pa
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
     elif (args.data_dir / "source.json").exists():  # by download_data.py
         sources = json.loads((args.data_dir / "source.json").read_text())
-    if not jobs:
-        raise SystemExit("--runs and --checkpoints must name at least one each.")
+    if not jobs or rows < 1:
+        raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
     paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
     game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
     source = "+".join(sorted({sources.get(game, "dqn_replay") for game in games}))
@@ -530,14 +530,15 @@ class Windows:
         self.batches = self.size // self.batch_size  # in an epoch
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This process's part of batch i, by the seed and i alone: rows uint8 [b, length, 7064] and game_id [b]"""
+        """This process's part of batch i, which seed and i alone decide: rows uint8 [b, length, 7064], game_id [b]"""
         epoch, i = divmod(i, self.batches)
         window = self.epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
         window = np.split(window, WORLD_SIZE)[RANK]
         shard = np.searchsorted(self.ends, window, side="right")
         rows = torch.empty((len(window), *self.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         for sample, s, row in zip(rows.numpy(), shard.tolist(), (window + self.offset[shard]).tolist(), strict=True):
-            os.preadv(self.files[s], [sample], row * ROW.itemsize)  # one read, from RAM or from the disk
+            if os.preadv(self.files[s], [sample], row * ROW.itemsize) != sample.nbytes:
+                raise SystemExit("A shard in --cache-dir is cut short. Delete that folder: it will be made again.")
         return rows, self.game_ids[shard]
 
 
@@ -585,7 +586,7 @@ def train(args: Args) -> None:
     for name in ("total_steps", "batch_size", "play_rows", "num_workers", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1"}.items():  # as other launchers set them
         if WORLD_SIZE == 1 and os.environ.get(name, "") not in ("", alone):
             raise SystemExit(f"{name} is {os.environ[name]!r}, but not set by torchrun. Use torchrun, or unset {name}.")
     if args.batch_size % WORLD_SIZE:
@@ -595,12 +596,12 @@ def train(args: Args) -> None:
     if run_dir.exists() and args.resume == args.overwrite:
         raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
     device = torch.device(args.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group(timeout=timedelta(hours=2))  # for which the others wait while one prepares the data
     if WORLD_SIZE > 1 and args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:  # two hours: the others wait while one prepares the data
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
-    # The objective and its data, which the first process of each machine prepares for the others.
+    # The objective and its data, which the first process of each machine prepares for the others
     torch.manual_seed(args.seed)
     objective = Objective(args).to(device)
     if args.compile or device.type == "cpu":  # on CUDA, group_norm is slow in this layout unless it is compiled
@@ -615,7 +616,7 @@ def train(args: Args) -> None:
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, args.learning_rate, args.betas, args.adam_eps, args.weight_decay, fused=True)
 
-    # The run's state, if it is resumed.
+    # The arguments in plain types, as JSON and checkpoints have them, and the state of a run that is resumed
     plain_args = json.loads(json.dumps(asdict(args) | {"samples": data.size, "data": source}, default=str))
     start = 0
     if args.resume and checkpoint.exists():
@@ -633,15 +634,15 @@ def train(args: Args) -> None:
     precision = autocast(device, args.precision)
 
     if RANK == 0:
-        for path in [*run_dir.glob("events.*"), checkpoint] if args.overwrite else ():  # now that all else is there
+        for path in [*run_dir.glob("events.*"), checkpoint] if args.overwrite else ():  # now that all above has worked
             path.unlink(missing_ok=True)
         writer = SummaryWriter(run_dir, purge_step=start + 1)  # hides what was logged after the checkpoint
         (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
         table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
-    stops = []  # signals received: the first one ends the run after the step, the same again ends it at once
-    for number in (signal.SIGINT, signal.SIGTERM):
+    stops = []  # signals received: the first one ends the run after the step (under torchrun, at the next log)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the same signal again ends it at once
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     steps, done, recent, clock = range(start, args.total_steps), start, [], time.perf_counter()
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, dynamic_ncols=True)
@@ -655,7 +656,7 @@ def train(args: Args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(learned, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()  # here, so that the next forward pass can use the gradients' memory
-        if hasattr(objective, "update_target"):
+        if hasattr(objective, "update_target"):  # an objective with momentum networks
             objective.update_target(step)
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
@@ -685,13 +686,13 @@ def train(args: Args) -> None:
         stopped = scalars.pop("stops")
         if not math.isfinite(scalars["losses/loss"] + scalars["losses/grad_norm"]):
             raise SystemExit(f"Loss or gradient norm is not finite at step {done}: {scalars}. Last good: {checkpoint}")
-        rate = len(recent) * args.batch_size / (time.perf_counter() - clock)  # samples per second
+        rate = len(recent) * args.batch_size / (time.perf_counter() - clock)  # samples per second, evaluations included
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": rate}
         bar.set_postfix_str(f"loss {scalars['losses/loss']:.3f}, {rate:.0f} samples/s")
         if RANK == 0:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, done)
-            if evaluates and hasattr(objective, "picture"):
+            if evaluates and hasattr(objective, "picture"):  # MAE and SiamMAE
                 writer.add_image("eval/picture", objective.picture(unpack(*held_out.batch(0), device)), done)
             if saves or stopped:
                 writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
