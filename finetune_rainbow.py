@@ -5,27 +5,23 @@
 # ///
 """Rainbow (1710.02298): fine-tunes a pre-trained ResNet-50 on one game by playing it, then plays 100 episodes.
 
-A new neck g and head h on the frozen backbone f learn the distribution of the return of each action a: it has the
-probabilities p(o, a) = softmax(h(g(f(o)))[a]) at 51 atoms z from -10 to 10 (C51, 1707.06887). The target network p' is a
-moving average of the online network p, and Q(o, a) = sum_j z_j p(o, a)_j. Transitions are drawn with probabilities
-proportional to priority^0.5 (1511.05952). For a transition i at step s, with stacks of frames o and rewards r:
+A new neck g and head h on the frozen backbone f learn the distribution of the return of each action a: 51 atoms z from
+-10 to 10 have the probabilities p(o, a) = softmax(h(g(f(o)))[a]) (C51, 1707.06887), and Q = sum_j z_j p_j. The target
+network p' is a moving average of p. Transitions i are drawn in proportion to priority_i^0.5 (1511.05952). At step s:
 
-    G    = sum_{k<n} gamma^k sign(r_{s+k})                             n-step return; n = 10, gamma = 0.99
-    a*   = argmax_a Q(o_{s+n}, a)                                      double Q-learning (1509.06461)
-    m    = p'(o_{s+n}, a*), its atoms moved to G + gamma^n z and then projected onto z
-    L_i  = -sum_j m_j log p(o_s, a_s)_j                                cross-entropy; it is the new priority
-    loss = mean_i w_i L_i                                              w_i = priority_i^(-0.5 beta) / max_j w_j
-
-Where an episode ends within the n steps, G ends there, too, and m is at G. A lost life ends an episode.
-Settings are those of the Atari Pre-training Benchmark (arXiv 2406.06037).
+    G    = sum_{k<n} gamma^k sign(r_{s+k})       n-step return up to a lost life or the game's end; n = 10
+    a*   = argmax_a Q(o_{s+n}, a)                double Q-learning (1509.06461)
+    m    = p'(o_{s+n}, a*) moved to the atoms G + gamma^n z (G, if an episode ended), and projected onto z
+    L_i  = -sum_j m_j log p(o_s, a_s)_j          cross-entropy, the new priority
+    loss = mean_i w_i L_i                        w_i = priority_i^(-0.5 beta) / max_j w_j
 
     python finetune_rainbow.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt
     python finetune_rainbow.py --game pong                            # baseline "random": a frozen random backbone
     python finetune_rainbow.py --game pong --no-freeze-backbone       # baseline "e2e": everything is learned
     python finetune_rainbow.py --game klax --encoder nature --save-replay /data/far_ood      # records a replay
 
-The result is results/rainbow/<method>/<game>/seed<k>.json. If it is there already, the script does nothing. A run that
-was cut off is continued by the same command. `eval_iqm.py` makes tables of results.
+The result, with the settings of the Atari Pre-training Benchmark (2406.06037), is results/rainbow/<method>/<game>/
+seed<k>.json. The same command continues a run that was cut off, and does nothing if the result is there already.
 """
 
 import copy
@@ -35,7 +31,6 @@ import math
 import os
 import signal
 import time
-import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -135,7 +130,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution around a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -153,7 +148,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, 2048 width, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -170,14 +165,14 @@ class ResNet(nn.Module):
         self.channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42]
+        x = F.relu(self.bn1(self.conv1(x)))  # [b, 64, 42, 42], with a --width-multiplier of 1
         x = self.layer2(self.layer1(x))  # [b, 256, 42, 42], [b, 512, 21, 21]
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
 # === neck and head [shared] ===========================================================================================
 class Neck(nn.Module):
-    """Weights the map by the game's embedding, averages it and applies an MLP: [b, c, 6, 6], game_id [b] -> [b, 512]"""
+    """Map times the game's embedding, averaged, LayerNorm, MLP: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
 
     def __init__(self, channels: int, games: int):
         super().__init__()
@@ -199,16 +194,16 @@ class GameLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        y = x @ self.weight  # [games, b, a]; for all games is cheaper than gathering a matrix per sample (512 MB)
+        y = x @ self.weight  # [games, b, a]; this is cheaper than a matrix per sample (512 MB where a = 512)
         return y[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # rows before its own row that a stack of 4 frames needs
+HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
-    """All stacks of 4 frames of windows of rows, oldest frame first; frames of an earlier episode are zeroed.
+    """Every stack of 4 consecutive frames in windows of rows, oldest first; frames of an earlier episode are zeroed.
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
@@ -218,7 +213,7 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
-    """Random shift (repeats the edge) and random intensity, one draw per sample: uint8 [b, n, 4, 84, 84] -> float32"""
+    """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
     b, device = len(stacks), stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
@@ -238,33 +233,21 @@ class Nature(nn.Sequential):
         super().__init__(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
 
 
-class NoisyLinear(nn.Module):
-    """A linear layer with weights mu + sigma * e_out e_in^T (1706.10295, equations 9 to 11); e is 0 in evaluation mode"""
+class NoisyLinear(nn.Linear):
+    """A linear layer with weights mu + sigma * e_out e_in^T, e noise (1706.10295, eq. 9-11); mu in evaluation mode"""
 
     def __init__(self, features: int, outputs: int):
-        super().__init__()
-        bound = features**-0.5
-        self.weight = nn.Parameter(torch.empty(outputs, features).uniform_(-bound, bound))  # mu
-        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
-        self.weight_sigma = nn.Parameter(torch.full((outputs, features), 0.5 * bound))
-        self.bias_sigma = nn.Parameter(torch.full((outputs,), 0.5 * bound))
-        self.register_buffer("noise_in", torch.zeros(features), persistent=False)  # e_in
-        self.register_buffer("noise_out", torch.zeros(outputs), persistent=False)  # e_out
+        super().__init__(features, outputs)  # mu
+        self.weight_sigma = nn.Parameter(torch.full_like(self.weight, 0.5 * features**-0.5))
+        self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.5 * features**-0.5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *_) -> torch.Tensor:
         if not self.training:
-            return F.linear(x, self.weight, self.bias)
-        weight = self.weight + self.weight_sigma * self.noise_out[:, None] * self.noise_in
-        return F.linear(x, weight, self.bias + self.bias_sigma * self.noise_out)
-
-
-def draw_noise(network: nn.Module) -> None:
-    """Draws new noise e for all noisy layers of a network, if it has any."""
-    for layer in network.modules():
-        if isinstance(layer, NoisyLinear):
-            for noise in (layer.noise_in, layer.noise_out):
-                noise.normal_()
-                noise.copy_(noise.sign() * noise.abs().sqrt())
+            return super().forward(x)
+        e_out, e_in = (torch.randn(n, device=x.device) for n in self.weight.shape)
+        e_out, e_in = (e.sign() * e.abs().sqrt() for e in (e_out, e_in))
+        weight = self.weight + self.weight_sigma * e_out[:, None] * e_in
+        return F.linear(x, weight, self.bias + self.bias_sigma * e_out)
 
 
 class Network(nn.Module):
@@ -272,27 +255,23 @@ class Network(nn.Module):
 
     def __init__(self, args: Args, backbone: nn.Module, actions: int):
         super().__init__()
-        self.shape = (actions, args.atoms)
-        self.backbone = backbone  # f, which `Rainbow.encode` calls: one pass may serve several uses
+        self.dueling, self.shape = args.dueling, (actions + args.dueling, args.atoms)
+        self.backbone = backbone  # f
         linear = NoisyLinear if args.noisy else nn.Linear
         if args.encoder == "nature":
             self.neck = nn.Sequential(nn.Flatten(), linear(64 * 7 * 7, 512), nn.ReLU())  # g
         else:
             self.neck = Neck(backbone.channels, games=1)
             linear = NoisyLinear if args.noisy else partial(GameLinear, 1)
-        self.head = linear(512, actions * args.atoms)  # h
-        self.value = linear(512, args.atoms) if args.dueling else None
+        self.head = linear(512, math.prod(self.shape))  # h
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)
-        maps = maps.float()  # g and h stay in fp32: values of actions often differ by less than bfloat16 resolves
-        x = self.neck(maps, game_id) if isinstance(self.neck, Neck) else self.neck(maps)  # [b, 512]
-        streams = []
-        for layer in (self.head, self.value) if self.value else (self.head,):
-            streams.append(layer(x, game_id) if isinstance(layer, GameLinear) else layer(x))
-        logits = streams[0].unflatten(1, self.shape)
-        if self.value:  # 1511.06581, equation 9
-            logits = logits - logits.mean(1, keepdim=True) + streams[1][:, None]
+        x = self.neck(maps.float(), game_id) if isinstance(self.neck, Neck) else self.neck(maps.float())  # [b, 512]
+        x = self.head(x, game_id) if isinstance(self.head, GameLinear) else self.head(x)
+        logits = x.unflatten(1, self.shape)
+        if self.dueling:  # the first row is the value, the others are advantages (1511.06581, equation 9)
+            logits = logits[:, :1] + logits[:, 1:] - logits[:, 1:].mean(1, keepdim=True)
         return logits
 
 
@@ -309,177 +288,128 @@ def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Ten
 
 # === objective: Rainbow ===============================================================================================
 class Rainbow(nn.Module):
-    """The online and the target network. They share the backbone if it is frozen."""
+    """The online and the target network, which share a frozen backbone; `act` and `update` never wait for the device"""
 
-    def __init__(self, args: Args, backbone: nn.Module, actions: int):
+    def __init__(self, args: Args, backbone: nn.Module, actions: int, device: torch.device):
         super().__init__()
+        self.args = args
         self.online = Network(args, backbone, actions)
-        self.frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
         if self.frozen:
             self.target.backbone = backbone
-        pairs = list(zip(self.online.parameters(), self.target.parameters(), strict=True))
-        self.learned = [parameter for parameter, _ in pairs if parameter.requires_grad]
-        self.averages = [average for parameter, average in pairs if parameter.requires_grad]
-        self.n_step_discount = args.discount**args.n_steps  # gamma^n
+        self.target.backbone.eval()  # also the online network's, if it is frozen
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z
-        self.train()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.target.backbone.eval()  # as it always acts; if it is frozen, it is the online network's, too
-        return self
+        self.to(device, memory_format=torch.channels_last)
+        self.precision = autocast(device, "fp32" if args.encoder == "nature" else args.precision)
+        with self.precision:
+            if self.frozen and torch.is_autocast_enabled(device.type):
+                backbone.bfloat16()  # once, not in every pass
+        names = [name for name, parameter in self.online.named_parameters() if parameter.requires_grad]
+        self.learned = [self.online.get_parameter(name) for name in names]
+        self.averages = [self.target.get_parameter(name) for name in names]
+        options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # it runs so before it is captured
+        for x in self.learned:  # Adam would allocate its state at the first step; a graph needs it before
+            state = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            self.optimizer.state[x] = state | {"step": torch.zeros((), device=device)}
+        if args.compile:
+            self.act = torch.compile(self.act, dynamic=False)
+            self.losses = torch.compile(self.losses, dynamic=False)
 
     def q(self, logits: torch.Tensor) -> torch.Tensor:
         """Q = sum_j z_j p_j: [..., atoms] -> [...]"""
         return (logits.softmax(-1) * self.support).sum(-1)
 
-    def values(self, maps: torch.Tensor) -> torch.Tensor:
-        """Q of the target network, which plays: maps of f' -> [b, actions]"""
-        return self.q(self.target(maps))
+    @torch.no_grad()
+    def act(self, stacks: torch.Tensor) -> torch.Tensor:
+        """Q of the target network, which is the player: stacks uint8 [n, 4, 84, 84] -> [n, actions]"""
+        with self.precision:
+            maps = self.target.backbone(stacks / 255)
+        return self.q(self.target(maps))  # in fp32: the values of actions often differ by less than bfloat16 resolves
 
-    def encode(self, stacks: torch.Tensor) -> list[torch.Tensor]:
-        """b stacks now and the b stacks n steps later, [2b, 4, 84, 84] -> maps of f now, f later and f' later"""
-        if self.frozen:  # f = f', and it needs no gradients: one pass is enough
-            with torch.no_grad():
-                now, later = self.online.backbone(stacks).chunk(2)
-            return [now, later, later]
-        now, later = stacks.chunk(2)
-        maps = [self.online.backbone(now)]  # first, as autocast keeps the weights that it casts, gradients included
-        with torch.no_grad():
-            return [*maps, self.online.backbone(later), self.target.backbone(later)]
-
-    def forward(self, maps: list[torch.Tensor], action: torch.Tensor, n_step_return: torch.Tensor, done: torch.Tensor):
-        """Maps of `encode`; action, n_step_return (G) and done [b] -> [3, b]: cross-entropy L, Q, and Q's target"""
+    def losses(self, stacks: torch.Tensor, action: torch.Tensor, n_step_return: torch.Tensor, done: torch.Tensor):
+        """All o_s, then all o_s+n [2b, 4, 84, 84]; a_s, G and if an episode ended [b] -> L, Q and Q's target [3, b]"""
+        with self.precision:
+            if self.frozen:  # f = f', which needs no gradients: one pass is enough
+                maps, next_maps = self.online.backbone(stacks).chunk(2)
+                target_maps = next_maps
+            else:
+                obs, next_obs = stacks.chunk(2)
+                maps = self.online.backbone(obs)  # before no_grad, in which autocast would cache weights without one
+                with torch.no_grad():
+                    next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
         i = torch.arange(len(action), device=action.device)
         with torch.no_grad():
-            best = self.q(self.online(maps[1])).argmax(1)  # a* [b]
-            p = self.target(maps[2])[i, best].softmax(1)  # p'(o_s+n, a*) [b, atoms]
-            atoms = n_step_return[:, None] + self.n_step_discount * ~done[:, None] * self.support  # [b, atoms]
+            best = self.q(self.online(next_maps)).argmax(1)  # a* [b]
+            p = self.target(target_maps)[i, best].softmax(1)  # p'(o_s+n, a*) [b, atoms]
+            discount = self.args.discount**self.args.n_steps * ~done  # [b], gamma^n, or 0 where an episode ended
+            atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
             m = project(p, atoms, self.support)
-        logits = self.online(maps[0])[i, action]  # [b, atoms]
+        logits = self.online(maps)[i, action]  # [b, atoms]
         cross_entropy = -(m * logits.log_softmax(1)).sum(1)
         cross_entropy = cross_entropy.clamp(1e-5, 1e5)  # as in the original: no priority is 0
         return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
 
-    @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """target = momentum target + (1 - momentum) online"""
-        torch._foreach_lerp_(self.averages, self.learned, 1 - momentum)
-        if not self.frozen:  # the ResNet has no buffers; with BatchNorm, it would have its statistics there
-            for average, buffer in zip(self.target.backbone.buffers(), self.online.backbone.buffers(), strict=True):
-                average.copy_(buffer)
-
-
-# === update and action ================================================================================================
-class Learner:
-    """The update and the action: functions of tensors that never wait for the device, so that CUDA graphs can hold them"""
-
-    def __init__(self, args: Args, model: Rainbow, device: torch.device):
-        self.args, self.device = args, device
-        channels_last = args.compile or device.type == "cpu"  # on CUDA, group_norm is slow in it unless it is compiled
-        self.model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        small = args.encoder == "nature" and args.precision == "auto"  # bfloat16 makes so small a network no faster
-        self.precision = autocast(device, "fp32" if small else args.precision)
-        with self.precision:
-            if model.frozen and torch.is_autocast_enabled(device.type):
-                model.online.backbone.bfloat16()  # the weights are cast once, not in every pass
-        compiled = partial(torch.compile, dynamic=False) if args.compile else lambda function: function
-        self.encode, self.losses = compiled(model.encode), compiled(model)
-        self.target_backbone, self.values = compiled(model.target.backbone), compiled(model.values)
-        options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
-        self.optimizer = torch.optim.Adam(model.learned, args.learning_rate, **options)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # by calls before a capture
-        for parameter in model.learned:  # Adam's state, now: a graph needs it at the same place at all times
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = moments | {"step": torch.zeros((), device=device)}
-
-    @torch.no_grad()
-    def act(self, stacks: torch.Tensor) -> torch.Tensor:
-        """Q of all actions by the target network: stacks uint8 [n, 4, 84, 84] -> [n, actions]"""
-        draw_noise(self.model.target)
-        with self.precision:
-            maps = self.target_backbone(stacks / 255)
-        return self.values(maps)
-
     def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
-        """One update on a batch of `Replay.sample` with weights w [b] -> [2 + 3b]: loss, gradient norm, `forward`'s"""
+        """One update on a batch of `Replay.sample` with weights w [b] -> [2 + 3b]: loss, gradient norm and `losses`"""
         stacks = augment(stack_frames(frames, is_first)).squeeze(1)  # [2b, 4, 84, 84]
-        draw_noise(self.model)
-        with self.precision:
-            maps = self.encode(stacks)
-        outputs = self.losses(maps, action, n_step_return, done)  # [3, b]
-        loss = (weight * outputs[0]).mean()
+        losses = self.losses(stacks, action, n_step_return, done)
+        loss = (weight * losses[0]).mean()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.learned, self.args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(self.learned, self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.update_target(self.args.target_momentum)
-        return torch.cat([torch.stack([loss, grad_norm]), outputs.flatten()]).detach()
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What an update changes, and some more"""
-        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return [*self.model.state_dict().values(), *moments]
-
-    def state_dict(self) -> dict:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+        with torch.no_grad():  # target = momentum target + (1 - momentum) online
+            torch._foreach_lerp_(self.averages, self.learned, 1 - self.args.target_momentum)
+            for average, statistic in zip(self.target.backbone.buffers(), self.online.backbone.buffers(), strict=True):
+                average.copy_(statistic)  # for those who put BatchNorm into the ResNet, which has none
+        return torch.cat([torch.stack([loss, grad_norm]), losses.flatten()]).detach()
 
 
+# === CUDA graphs ======================================================================================================
 class Graph:
-    """Calls a function of tensors with arrays. On CUDA, the first call captures its kernels, and all calls replay them.
+    """Calls a function of tensors with arrays. On CUDA, its kernels are captured at the first call and then replayed.
 
-    The function must always do the same to the same tensors. Arrays are copied into its inputs; they may have fewer
-    rows than at first, and the output's other rows are then those of earlier calls. Random numbers are drawn anew.
+    `state` are the tensors that the function changes. Arrays may have fewer rows than at the first call.
     """
 
-    def __init__(self, function, device: torch.device, tensors: tuple | list = ()):
-        self.function, self.device, self.tensors = function, device, tensors  # which the function changes
-        self.graph = None
+    def __init__(self, function, device: torch.device, state: tuple | list = ()):
+        self.function, self.device, self.state, self.graph = function, device, state, None
 
     def capture(self, arrays: dict[str, np.ndarray]) -> None:
-        self.pinned = {name: torch.tensor(array).pin_memory() for name, array in arrays.items()}
+        self.pinned = {name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}
         self.inputs = {name: tensor.to(self.device) for name, tensor in self.pinned.items()}
-        before = [tensor.clone() for tensor in self.tensors]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng([self.device]):  # the random numbers afterwards are as if nothing had been drawn
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # these compile, and they allocate what libraries keep
-                    self.function(**self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.function(**self.inputs)
-        for tensor, value in zip(self.tensors, before, strict=True):
-            tensor.copy_(value)  # in place, as the graph knows the tensor by its address
+        before, stream = [tensor.clone() for tensor in self.state], torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.random.fork_rng([self.device]), torch.cuda.stream(stream):
+            for _ in range(3):  # these compile, and they allocate what libraries keep
+                self.function(**self.inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):  # which first waits for the device
+            self.output = self.function(**self.inputs)
+        for tensor, value in zip(self.state, before, strict=True):
+            tensor.copy_(value)  # in place: the graph knows tensors by their addresses
 
     def __call__(self, **arrays: np.ndarray) -> np.ndarray:
         if self.device.type != "cuda":
-            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-            return self.function(**inputs).cpu().numpy()
+            return self.function(**{name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
         if self.graph is None:
             self.capture(arrays)
         for name, array in arrays.items():
-            n = len(array)
-            self.pinned[name][:n].copy_(torch.from_numpy(array))
-            self.inputs[name][:n].copy_(self.pinned[name][:n], non_blocking=True)
+            self.pinned[name][: len(array)] = torch.from_numpy(array)
+            self.inputs[name].copy_(self.pinned[name], non_blocking=True)
         self.graph.replay()
-        return self.output.cpu().numpy()  # the only wait, after which the pinned memory may be filled again
+        return self.output.cpu().numpy()  # the only wait
 
 
 # === replay ===========================================================================================================
 TRANSITION = np.dtype([("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("ends", "?"), ("terminal", "?")])
-REPLAY_FILES = {"observation": "u1", "action": "<i4", "reward": "<f4", "terminal": "u1"}  # of the DQN Replay Dataset
-PADDING = 3  # blank rows before every episode in the dataset
 
 
 class SumTree:
-    """Priorities of `size` slots. A node is the sum of its 64 children: 100,000 slots need 3 levels, a binary tree 17."""
+    """Priorities of `size` slots. A node is the sum of its 64 children: 3 levels for 100,000 slots, not 17."""
 
     def __init__(self, size: int):
         self.levels = [np.zeros(math.ceil(size / 64) * 64)]  # the leaves first, the root's children last
@@ -507,10 +437,9 @@ class SumTree:
 class Replay:
     """The latest transitions. Row i (o_i, a_i, r_i and what became of it) is in slot i modulo `size`.
 
-    `is_first` marks the first row of a game, `terminal` its last row, `ends` the last row of an episode for learning. A
-    row can be drawn once its n steps, or its episode's end, are known, and until it is older than `capacity`. Frames are
-    in a memory-mapped file. It has `save_every` more slots, so that no frame is overwritten that a checkpoint needs
-    before the next one is written.
+    `is_first` marks a game's first row, `terminal` its last one, `ends` the last one of an episode for learning. A row
+    can be drawn once its n steps or its episode's end are known, until it is older than `capacity`. A file holds the
+    frames; `save_every` more slots keep what a checkpoint needs until the next one is written.
     """
 
     def __init__(self, args: Args, path: Path):
@@ -518,8 +447,7 @@ class Replay:
         self.discounts = args.discount ** np.arange(self.n_steps)  # gamma^k
         self.size = args.replay_capacity + HISTORY + args.save_every
         self.fields, self.tree = np.zeros(self.size, TRANSITION), SumTree(self.size)
-        self.rows = 0  # rows played so far
-        self.ready = 0  # rows with a known future, which therefore have got a priority
+        self.rows, self.ready = 0, 0  # rows played so far, and those with a known future, which have a priority
         self.max_priority = 1.0
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:  # a disk without room for all frames is an error now, not a crash later
@@ -542,8 +470,8 @@ class Replay:
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
         """Draws a slot from each of b equal parts of the sum of priorities -> slots [b], priorities [b] and a batch:
 
-        frames uint8 [2b, 4, 84, 84] and is_first [2b, 4], of b stacks now and then of b stacks n steps later; action,
-        n_step_return (G) and done [b]. Where done, the episode ends within the n steps, and the later stack is the same.
+        frames uint8 [2b, 4, 84, 84] and is_first [2b, 4] of the b stacks now and the b stacks n steps later; action,
+        n_step_return (G) and done [b]. If the episode ends within the n steps (done), the later stack is that of now.
         """
         slots = self.tree.draw((np.arange(batch_size) + rng.random(batch_size)) / batch_size)
         steps = self.fields[(slots[:, None] + np.arange(self.n_steps)) % self.size]  # [b, n]
@@ -571,66 +499,78 @@ class Replay:
         self.tree.set(np.arange(self.size), state["priorities"].numpy()[: self.size])
         self.rows, self.ready, self.max_priority = state["rows"], state["ready"], state["max_priority"]
 
-    def export(self, first: int, most: int | None, folder: Path, checkpoint: int) -> None:
-        """Writes a replay checkpoint like DQN Replay's, padding included: the rows since `first`, but not over `most`."""
-        slots = np.arange(first, self.rows) % self.size
-        padding = np.repeat(np.flatnonzero(self.fields["is_first"][slots]), PADDING)
-        slots = np.insert(slots, padding, -1)[:most]  # -1: a blank row
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, dtype in REPLAY_FILES.items():
-            column = self.frames if name == "observation" else self.fields[name]
-            path = folder / f"$store$_{name}_ckpt.{checkpoint}.gz"
-            with gzip.open(path.with_suffix(".tmp"), "wb", compresslevel=1) as file:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(slots), *column.shape[1:])})
-                for part in np.array_split(slots, math.ceil(len(slots) / 1000)):  # 7 MB of frames
-                    rows = column[part].astype(dtype)
-                    rows[part < 0] = 0
-                    file.write(rows.tobytes())
-            path.with_suffix(".tmp").replace(path)
-
 
 # === environment ======================================================================================================
 class Environment:
-    """One game. Its state is a function of the seed, the episode and the actions since its reset.
+    """One game. Its state is a function of the seed, the episode and the actions since its reset."""
 
-    So a run is continued in the middle of a game. `stack` uint8 [4, 84, 84] is what the player sees; `lives`, `score` (the
-    sum of raw rewards) and `terminal` are the game's.
-    """
-
-    def __init__(self, args: Args, game: str):
+    def __init__(self, args: Args):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
         options |= dict(repeat_action_probability=args.repeat_action_probability)
-        self.env = AtariVectorEnv(game, 1, max_num_frames_per_episode=4 * args.max_episode_steps, **options)
+        self.env = AtariVectorEnv(args.game, 1, max_num_frames_per_episode=4 * args.max_episode_steps, **options)
         self.num_actions = int(self.env.single_action_space.n)
-        self.seed, self.episodic_life = args.seed, args.episodic_life
+        self.args = args
         self.reset(0)
 
     def reset(self, episode: int) -> None:
-        """Begins an episode at once, not by the next step, as the environment itself would."""
-        seed = int(np.random.default_rng([self.seed, episode]).integers(2**30))
+        seed = int(np.random.default_rng([self.args.seed, episode]).integers(2**30))
         stacks, info = self.env.reset(seed=seed)
-        self.stack, self.lives, self.score, self.terminal = stacks[0], info["lives"][0], 0.0, False
+        self.stack, self.lives, self.score, self.terminal = stacks[0], info["lives"][0], 0.0, False  # stack [4, 84, 84]
         self.episode, self.actions = episode, []
 
-    def step(self, action: int) -> tuple[float, bool]:
-        """The raw reward, and whether an episode for learning ends: by a lost life, the game's end or the time limit"""
+    def step(self, action: int) -> tuple:
+        """Plays a step and returns its row for `Replay.add`. An episode for learning ends by a lost life, too."""
+        frame, is_first = self.stack[-1], not self.actions
         stacks, rewards, terminated, truncated, info = self.env.step(np.array([action]))
-        self.actions.append(action)
         self.terminal = bool(terminated[0] or truncated[0])
-        lost = self.episodic_life and bool(info["lives"][0] < self.lives)
-        self.stack, self.lives = stacks[0], info["lives"][0]
-        self.score += float(rewards[0])
-        return float(rewards[0]), self.terminal or lost
+        ends = self.terminal or (self.args.episodic_life and info["lives"][0] < self.lives)
+        self.stack, self.lives, self.score = stacks[0], info["lives"][0], self.score + float(rewards[0])
+        self.actions.append(action)
+        return frame, action, rewards[0], is_first, ends, self.terminal
 
-    def state_dict(self) -> dict:
-        return {"episode": self.episode, "actions": torch.tensor(self.actions, dtype=torch.uint8)}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.reset(state["episode"])
-        for action in state["actions"].tolist():
-            self.step(action)
+# === recordings =======================================================================================================
+REPLAY_FILES = {"observation": "|u1", "action": "<i4", "reward": "<f4", "terminal": "|u1"}  # of the DQN Replay Dataset
+PADDING = 3  # blank rows before every episode in the dataset
+
+
+def name_source(args: Args, is_new: bool) -> Path:
+    """Notes in source.json that the game's recordings are Rainbow's. Returns their folder."""
+    folder = args.save_replay / "".join(word.capitalize() for word in args.game.split("_"))
+    path, temporary = args.save_replay / "source.json", args.save_replay / f"source_{args.game}_{args.seed}.tmp"
+    sources = json.loads(path.read_text()) if path.exists() else {}
+    if is_new and sources.get(args.game) != "rainbow" and any(folder.rglob("*.gz")):
+        raise SystemExit(f"{folder} has recordings of another source. Choose another --save-replay.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(sources | {args.game: "rainbow"}, indent=2))
+    temporary.replace(path)
+    return folder
+
+
+def record(args: Args, replay: Replay) -> bool:
+    """Writes a replay checkpoint as in the dataset if its rows are complete now, and returns whether they are."""
+    most = args.save_replay_rows + 1 if args.save_replay_rows else None  # readers leave the last row out
+    number, row = divmod(replay.rows - 1, args.save_replay_every)
+    if row + 1 != min(most or math.inf, args.save_replay_every):
+        return False
+    slots = np.arange(replay.rows - 1 - row, replay.rows) % replay.size
+    padding = np.repeat(np.flatnonzero(replay.fields["is_first"][slots]), PADDING)
+    slots = np.insert(slots, padding, -1)[:most]  # -1: a blank row
+    folder = name_source(args, is_new=False) / f"{args.seed}" / "replay_logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, dtype in REPLAY_FILES.items():
+        column = replay.frames if name == "observation" else replay.fields[name]
+        path = folder / f"$store$_{name}_ckpt.{number + 1}.gz"
+        with gzip.open(path.with_suffix(".tmp"), "wb", compresslevel=1) as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": (len(slots), *column.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in np.array_split(slots, math.ceil(len(slots) / 1000)):  # 7 MB of frames
+                rows = column[part].astype(dtype)
+                rows[part < 0] = 0
+                file.write(rows.tobytes())
+        path.with_suffix(".tmp").replace(path)
+    return True
 
 
 # === games [shared] ===================================================================================================
@@ -807,9 +747,7 @@ MAY_CHANGE = "checkpoint replay_dir device compile results overwrite log_every v
 
 def check(args: Args) -> None:
     """Ends the script if arguments do not go together."""
-    counts = """total_steps batch_size n_steps replay_capacity save_replay_every eval_episodes max_episode_steps log_every
-        save_every""".split()
-    for name in counts:
+    for name in ("batch_size", "n_steps", "eval_episodes", "max_episode_steps", "log_every", "save_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
     if not args.n_steps < args.learning_starts < args.total_steps or args.replay_capacity <= args.n_steps:
@@ -822,183 +760,123 @@ def check(args: Args) -> None:
         raise SystemExit("--save-replay: --replay-capacity must be at least --save-replay-rows or --save-replay-every.")
 
 
-def game_folder(args: Args, game: str) -> Path:
-    return args.save_replay / "".join(word.capitalize() for word in game.split("_"))
-
-
-def name_source(args: Args, game: str, is_new: bool) -> None:
-    """Notes in source.json that the game's recordings are Rainbow's. A new run refuses a folder with other ones."""
-    path = args.save_replay / "source.json"
-    sources = json.loads(path.read_text()) if path.exists() else {}
-    if sources.get(game) == "rainbow":
-        return
-    if is_new and any(game_folder(args, game).rglob("*.gz")):
-        raise SystemExit(f"{game_folder(args, game)} has recordings of another source. Choose another --save-replay.")
-    args.save_replay.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"source_{game}_{args.seed}.tmp")  # others may write theirs at the same time
-    temporary.write_text(json.dumps(sources | {game: "rainbow"}, indent=2))
-    temporary.replace(path)
-
-
-def train(args: Args, game: str, step: int, learner: Learner, replay: Replay, env: Environment, writer, save) -> None:
-    """Plays and learns from agent step `step` to the last one. `save(step)` writes a checkpoint."""
+def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWriter, plain_args: dict, checkpoint: Path):
+    """Plays and learns from the replay's last step on."""
+    args, device = model.args, model.support.device
     stops = []  # signals received: the first one ends the run after the step, the same again ends it at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
-    act, update = Graph(learner.act, learner.device), Graph(learner.update, learner.device, learner.tensors())
-    exports = {}  # replay checkpoints by the agent step after which they can be written: first row, rows, number
-    if args.save_replay:
-        rows = args.save_replay_rows + 1 if args.save_replay_rows else None  # readers leave the last row out
-        for first in range(0, args.total_steps, args.save_replay_every):
-            number = first // args.save_replay_every + 1
-            exports[first + min(rows or math.inf, args.save_replay_every)] = first, rows, number
-
-    def updates_until(step: int) -> int:
-        return max(0, int((step - args.learning_starts) * args.updates_per_step))
-
-    updates = first_update = updates_until(step)
-    recent, clock, start = [], time.perf_counter(), step
-    bar = tqdm(desc=f"rainbow on {game}", total=args.total_steps, initial=step, unit="step", leave=False)
-    while step < args.total_steps:
+    moments = [x for state in model.optimizer.state.values() for x in state.values()]
+    act, update = Graph(model.act, device), Graph(model.update, device, [*model.state_dict().values(), *moments])
+    updates = max(0, int((replay.rows - args.learning_starts) * args.updates_per_step))
+    last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
+    recent, clock = [], time.perf_counter()
+    bar = tqdm(range(replay.rows, args.total_steps), f"rainbow on {args.game}", args.total_steps, initial=replay.rows)
+    bar.set_postfix_str("the first update compiles, about a minute" if args.compile else "")
+    for step in bar:
         torch.manual_seed(2**32 * args.seed + step)  # a run that is continued draws the same
         rng = np.random.default_rng([args.seed, step, 1])
-
-        # Play a step, epsilon-greedily.
-        share = min(max((step - args.learning_starts) / max(args.exploration_steps, 1), 0), 1)
-        epsilon = 1 - share * (1 - args.exploration_final)
+        exploration = [args.learning_starts, args.learning_starts + max(args.exploration_steps, 1)]
+        epsilon = np.interp(step, exploration, [1, args.exploration_final])
         if args.noisy and step >= args.learning_starts:
             epsilon = 0.0
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))
         else:
             action = int(act(stacks=env.stack[None]).argmax())
-        frame, is_first = env.stack[-1], not env.actions
-        reward, ends = env.step(action)
-        replay.add(frame, action, reward, is_first, ends, env.terminal)
-        step += 1
-        bar.update()
+        replay.add(*env.step(action))
+        done = step + 1
         if env.terminal:
-            writer.add_scalar("charts/episodic_return", env.score, step)
-            writer.add_scalar("charts/episodic_length", len(env.actions), step)
+            writer.add_scalar("charts/episodic_return", env.score, done)
+            writer.add_scalar("charts/episodic_length", len(env.actions), done)
             bar.set_postfix_str(f"return {env.score:g}")
             env.reset(env.episode + 1)
 
-        # Learn from the replay.
-        while updates < updates_until(step):
-            if args.compile and updates == first_update:
-                bar.set_postfix_str("compiling, about a minute")
+        while updates < int((done - args.learning_starts) * args.updates_per_step):
+            beta = np.interp(updates, [0, last_update], [args.importance_exponent, 1])
             slots, priorities, batch = replay.sample(args.batch_size, rng)
-            progress = updates / updates_until(args.total_steps)
-            beta = args.importance_exponent + (1 - args.importance_exponent) * progress
-            weight = (priorities.min() / priorities) ** beta  # w [b]; tree's priorities have their exponent already
+            weight = (priorities.min() / priorities) ** beta  # w [b]; the tree's priorities have their exponent already
             values = update(**batch, weight=weight.astype(np.float32))
             if not np.isfinite(values).all():
-                bar.close()
-                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {step}.")
+                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {done}.")
             cross_entropy, q, target_q = values[2:].reshape(3, -1)
             replay.set_losses(slots, cross_entropy)
             recent.append([values[0], values[1], q.mean(), target_q.mean()])
             updates += 1
 
-        if recent and step % args.log_every == 0:
-            scalars = dict(zip(("loss", "grad_norm", "q", "target_q"), np.mean(recent, 0).tolist(), strict=True))
-            scalars = {f"losses/{name}": value for name, value in scalars.items()}
-            scalars |= {"charts/epsilon": epsilon, "charts/beta": beta}
-            scalars["charts/SPS"] = (step - start) / (time.perf_counter() - clock)  # agent steps per second
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            recent, clock, start = [], time.perf_counter(), step
-        if step in exports:
-            first, rows, number = exports[step]
-            name_source(args, game, is_new=False)
-            replay.export(first, rows, game_folder(args, game) / f"{args.seed}" / "replay_logs", number)
-        if stops or step in exports or step % args.save_every == 0 or step == args.total_steps:
+        if recent and done % args.log_every == 0:
+            rate = len(recent) / args.updates_per_step / (time.perf_counter() - clock)
+            scalars = {"charts/SPS": rate, "charts/epsilon": epsilon, "charts/beta": beta}
+            names = ("losses/loss", "losses/grad_norm", "losses/q", "losses/target_q")
+            for name, value in (scalars | dict(zip(names, np.mean(recent, 0), strict=True))).items():
+                writer.add_scalar(name, value, done)
+            recent, clock = [], time.perf_counter()
+        recorded = args.save_replay and record(args, replay)
+        if stops or recorded or done % args.save_every == 0 or done == args.total_steps:
             writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
-            save(step)
+            state = {"args": plain_args, "model": model.state_dict()}
+            state |= {"optimizer": model.optimizer.state_dict()["state"], "replay": replay.state_dict()}
+            torch.save(state | {"episode": env.episode, "actions": env.actions}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: there is always a whole checkpoint
         if stops:
-            bar.close()
-            again = ", but without --overwrite" if args.overwrite else ""
-            raise SystemExit(f"Stopped by a signal after step {step}. To go on: the same command{again}")
-    bar.close()
+            raise SystemExit(f"Stopped by a signal after step {done}. To go on: the same command without --overwrite")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # the evaluation is not continued, but played again
-
-
-def evaluate(args: Args, game: str, learner: Learner) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Scores and film of the target network, which has been the player in training, too."""
-    act = Graph(learner.act, learner.device)
-    learner.model.eval()
-    scores, film = play_episodes(game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
-    learner.model.train()
-    return scores, film
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finetune(args: Args) -> None:
     # What is to be done, and where it goes
     check(args)
-    game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
+    args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
     args.save_replay = args.save_replay and args.save_replay.resolve()
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # graphs are captured on the current device
     torch.manual_seed(args.seed)
+    backbone, method, facts = make_backbone(args)
     if args.encoder == "nature":
-        backbone, method, facts = Nature(), args.method or "nature", {"backbone": None, "pretraining": None}
-    else:
-        backbone, method, facts = make_backbone(args)
-    result, plain_args = find_result(args, "rainbow", method, game, facts | {"data": "online"})
+        backbone, method = Nature(), args.method or "nature"
+    result, plain_args = find_result(args, "rainbow", method, args.game, facts | {"data": "online"})
     if result.exists() and not args.overwrite:
         return
-    run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
-    checkpoint, frames = run_dir / "checkpoint.pt", run_dir / "frames.bin"
-    if args.replay_dir:
-        frames = args.replay_dir / f"{run_dir.name}.bin"
+    run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
+    checkpoint = run_dir / "checkpoint.pt"
+    frames = args.replay_dir / f"{run_dir.name}.bin" if args.replay_dir else run_dir / "frames.bin"
 
-    # A run that was cut off goes on; else it begins anew
-    content = None
-    if checkpoint.exists() and not args.overwrite:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changed = {k: old for k, old in content["args"].items() if k not in MAY_CHANGE and plain_args.get(k) != old}
+    # A run that was cut off goes on; else it begins anew.
+    continued = checkpoint.exists() and not args.overwrite
+    if continued:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        changed = {k: old for k, old in state["args"].items() if k not in MAY_CHANGE and plain_args.get(k) != old}
         if changed:
             raise SystemExit(f"{checkpoint} was made with {changed}. Choose another --method, or --overwrite.")
         if not frames.exists():
             raise SystemExit(f"{frames} is missing, which {checkpoint} needs. To begin anew: --overwrite")
     if args.save_replay:
-        name_source(args, game, is_new=content is None)
-    if content is None:
-        for path in [result, checkpoint, frames, *run_dir.glob("events.*")]:
-            path.unlink(missing_ok=True)
-    env = Environment(args, game)
-    learner = Learner(args, Rainbow(args, backbone, env.num_actions), device)
-    replay = Replay(args, frames)
-    parts, step = {"learner": learner, "replay": replay, "env": env}, 0
-    if content:
-        step = content["step"]
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        del content  # the content of the checkpoint may be half a gigabyte
+        name_source(args, is_new=not continued)
+    for path in [] if continued else [result, checkpoint, frames, *run_dir.glob("events.*")]:
+        path.unlink(missing_ok=True)
+    env = Environment(args)
+    model, replay = Rainbow(args, backbone, env.num_actions, device), Replay(args, frames)
+    if continued:
+        model.load_state_dict(state["model"])
+        model.optimizer.load_state_dict(model.optimizer.state_dict() | {"state": state["optimizer"]})
+        replay.load_state_dict(state["replay"])
+        env.reset(state["episode"])
+        for action in state["actions"]:
+            env.step(action)
 
-    def save(step: int) -> None:
-        state = {"step": step, "args": plain_args} | {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: there is always a whole checkpoint
-
-    writer = SummaryWriter(run_dir, purge_step=step + 1)  # hides what was logged after the checkpoint
+    writer = SummaryWriter(run_dir, purge_step=replay.rows + 1)  # hides what was logged after the checkpoint
     (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
-    table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{game}: {method}, seed {args.seed}, from step {step:,} of {args.total_steps:,}; run: {run_dir}", flush=True)
-    train(args, game, step, learner, replay, env, writer, save)
+    progress = f"from step {replay.rows:,} of {args.total_steps:,}"
+    print(f"{args.game}: {method}, seed {args.seed}, {progress}; run: {run_dir}", flush=True)
+    train(model, replay, env, writer, plain_args, checkpoint)
 
-    # The score
-    target = learner.model.target
-    policy = {name: part.state_dict() for name, part in target.named_children()}
-    if learner.model.frozen:
-        del policy["backbone"]
-    torch.save(policy, run_dir / "policy.pt")
-    scores, film = evaluate(args, game, learner)
+    # The score of the target network, which has been the player in training, too
+    parts = ("neck", "head") if model.frozen else ("backbone", "neck", "head")
+    torch.save({part: getattr(model.target, part).state_dict() for part in parts}, run_dir / "policy.pt")
+    act = Graph(model.eval().act, device)
+    scores, film = play_episodes(args.game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
-    save_result(result, game, scores, plain_args)
+    save_result(result, args.game, scores, plain_args)
     if args.video:
         save_gif(run_dir / "episode.gif", film)
     for path in (checkpoint, frames):  # gigabytes that nobody needs once there is a result
