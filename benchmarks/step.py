@@ -57,7 +57,7 @@ class Trainer:
         args = self.module.Args(cache_dir=Path(cache))
         if not ON_GPU:
             args.batch_size = CPU_BATCH // 8 if name == "dt" else CPU_BATCH
-        shards, _ = self.module.prepare(args, GAMES, 0)
+        shards, _ = self.module.prepare(args, GAMES, args.rows_per_checkpoint)
         torch.manual_seed(0)
         self.objective = self.module.Objective(args).to(DEVICE)
         self.precision = self.module.autocast(DEVICE, "auto")
@@ -232,7 +232,7 @@ def main(names: list[str]) -> None:
     begin(__doc__.partition("\n")[0], 3 if ON_GPU else ROUNDS)
     with tempfile.TemporaryDirectory() as cache:
         module = load("pretrain_atc")
-        module.prepare(module.Args(cache_dir=Path(cache)), GAMES, 0)  # plays them
+        module.prepare(module.Args(cache_dir=Path(cache)), GAMES, rows=1)  # plays them
         record("step", (gpu_table if ON_GPU else cpu_tables)(names, cache))
 
 
