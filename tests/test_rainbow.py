@@ -1,8 +1,8 @@
-"""The pieces of fine-tuning online: networks, objective, replay and environment, each against a plain second one."""
+"""The pieces of Rainbow: networks, objective, update, replay and environment, each against a plain second one."""
 
 import gzip
 import io
-import math
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,22 +14,35 @@ import torch
 import torch.nn.functional as F
 from conftest import load
 from golden.fill import fill_array, make_batch
-from torch import nn
 
 rainbow = load("finetune_rainbow.py")
+CPU = torch.device("cpu")
 NATURE, EXTRAS = {"encoder": "nature"}, {"dueling": True, "noisy": True}
 
 
 def make_args(**changes):
-    """Of a small ResNet and a small replay."""
-    network, replay = dict(width_multiplier=0.0625, blocks=(1, 1, 1, 1)), dict(replay_capacity=100, save_every=40)
-    return rainbow.Args("pong", **network | replay | dict(n_steps=7, discount=0.9) | changes)
+    """Of a small ResNet and a small replay"""
+    small = dict(width_multiplier=0.0625, blocks=(1, 1, 1, 1), replay_capacity=100, save_every=40, batch_size=4)
+    options = dict(n_steps=7, discount=0.9, precision="fp32", device="cpu", compile=False)
+    return rainbow.Args("pong", **small | options | changes)
 
 
 def make_model(actions: int = 6, **changes):
     args = make_args(**changes)
     backbone = rainbow.Nature() if args.encoder == "nature" else rainbow.make_backbone(args)[0]
-    return rainbow.Rainbow(args, backbone, actions)
+    return rainbow.Rainbow(args, backbone, actions, CPU)
+
+
+def make_batches(count: int, batch_size: int = 4) -> list[dict[str, np.ndarray]]:
+    """What `update` takes"""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(count):
+        batch = {"frames": rng.integers(256, size=(2 * batch_size, 4, 84, 84), dtype=np.uint8)}
+        batch |= {"is_first": rng.random((2 * batch_size, 4)) < 0.1, "action": rng.integers(6, size=batch_size)}
+        batch |= {"done": rng.random(batch_size) < 0.3, "weight": rng.random(batch_size, np.float32)}
+        batches.append(batch | {"n_step_return": rng.normal(size=batch_size).astype(np.float32)})
+    return batches
 
 
 # === networks and objective ===========================================================================================
@@ -37,7 +50,8 @@ def test_golden():
     """Losses, values and gradient norms of the whole network, learning end to end, on the golden parameters."""
     numbers = dict(np.load(Path(__file__).parent / "golden" / "rainbow.npz", allow_pickle=False))
     shapes = {name: tuple(map(int, shape.split("x"))) for name, shape in (x.split() for x in numbers["param_names"])}
-    model = rainbow.Rainbow(rainbow.Args("pong"), rainbow.ResNet(1.0, (3, 4, 6, 3)), actions=18)
+    args = rainbow.Args("pong", precision="fp32", device="cpu", compile=False)
+    model = rainbow.Rainbow(args, rainbow.ResNet(1.0, (3, 4, 6, 3)), 18, CPU)
     for network, prefix in ((model.online, "given/"), (model.target, "given/target/")):
         parameters = dict(network.named_parameters())
         assert parameters.keys() == shapes.keys()
@@ -48,7 +62,7 @@ def test_golden():
     batch = make_batch("given/", n=4)
     stacks = torch.cat([torch.from_numpy(batch[name][:, 0]) / 255 for name in ("obs", "next_obs")])
     action, n_step_return, done = (torch.from_numpy(batch[name][:, 0]) for name in ("action", "rtg", "done"))
-    cross_entropy, q, target_q = model(model.encode(stacks), action, n_step_return, done.bool())
+    cross_entropy, q, target_q = model.losses(stacks, action, n_step_return, done.bool())
     weighted = torch.tensor([1, 0.5, 0.25, 0.75]) * cross_entropy
     weighted.mean().backward()
     found = {"per_sample": weighted, "q_pred": q, "q_target": target_q, "loss": weighted.mean()}
@@ -62,8 +76,8 @@ def test_golden():
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_update_is_the_definition(freeze):
-    """Losses, values and gradients: one pass of a frozen backbone stands for three, and has no gradient."""
+def test_losses_are_the_definition(freeze):
+    """Losses, values and gradients: one pass of a frozen backbone stands for three, and it has no gradient."""
     torch.manual_seed(0)
     model = make_model(freeze_backbone=freeze)
     for parameter in model.target.parameters():
@@ -82,17 +96,24 @@ def test_update_is_the_definition(freeze):
     log_p = model.online(backbone(now))[sample, action].log_softmax(1)
     cross_entropy = -(rainbow.project(p, atoms, support) * log_p).sum(1)
     expected = torch.stack([cross_entropy, log_p.exp() @ support, n_step_return + 0.9**7 * ~done * (p @ support)])
-    maps = model.encode(torch.cat([now, later]))
-    found = model(maps, action, n_step_return, done)
+    found = model.losses(torch.cat([now, later]), action, n_step_return, done)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     learned = {name: parameter for name, parameter in model.online.named_parameters() if parameter.requires_grad}
     assert any(name.startswith("backbone") for name in learned) != freeze
     gradients = [torch.autograd.grad(results[0].sum(), list(learned.values())) for results in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
-    greedy, other = ((network(maps[0]).softmax(-1) @ support).argmax(1) for network in (model.target, model.online))
-    assert model.act(maps[0]).equal(greedy)  # the target network is the player
-    assert not greedy.equal(other)
+
+def test_the_target_network_is_the_player():
+    torch.manual_seed(0)
+    model = make_model(freeze_backbone=False)
+    for parameter in model.target.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    stacks = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    support = torch.linspace(-10, 10, 51)
+    values = [n(n.backbone(stacks / 255)).softmax(-1) @ support for n in (model.target, model.online)]
+    torch.testing.assert_close(model.act(stacks), values[0])
+    assert (values[0] - values[1]).abs().min() > 1e-3
 
 
 def test_loss_stays_positive():
@@ -101,8 +122,7 @@ def test_loss_stays_positive():
     model.online.head.weight.data.zero_()
     model.online.head.bias.data = ((torch.arange(51) == 25) * torch.tensor([[1000.0], [-1e6]])).view(1, -1)
     inputs = torch.tensor([0, 1]), torch.zeros(2), torch.tensor([True, True])
-    losses = model(model.encode(torch.rand(4, 4, 84, 84)), *inputs)[0]
-    torch.testing.assert_close(losses, torch.tensor([1e-5, 1e5]))
+    torch.testing.assert_close(model.losses(torch.rand(4, 4, 84, 84), *inputs)[0], torch.tensor([1e-5, 1e5]))
 
 
 def test_projection():
@@ -128,38 +148,32 @@ def test_noisy_linear():
     (mu, bias), (sigma, bias_sigma) = (layer.weight, layer.bias), (layer.weight_sigma, layer.bias_sigma)
     assert (sigma == 0.5 / 5**0.5).all() and (bias_sigma == 0.5 / 5**0.5).all()
     assert 0 < mu.abs().max() <= 5**-0.5 and 0 < bias.abs().max() <= 5**-0.5
-    results = [layer.eval()(x)]
-    layer.train()
-    for _ in range(2):
-        rainbow.draw_noise(nn.Sequential(layer))
-        weight = mu + sigma * torch.outer(layer.noise_out, layer.noise_in)
-        results.append(layer(x))
-        torch.testing.assert_close(results[-1], F.linear(x, weight, bias + bias_sigma * layer.noise_out))
-    assert all((results[i] != results[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
-    results[-1].square().sum().backward()
+    torch.manual_seed(1)
+    results = [layer(x), layer(x)]
+    torch.manual_seed(1)
+    for result in results:
+        e_out, e_in = torch.randn(3), torch.randn(5)
+        e_out, e_in = e_out.sign() * e_out.abs().sqrt(), e_in.sign() * e_in.abs().sqrt()
+        expected = F.linear(x, mu + sigma * torch.outer(e_out, e_in), bias + bias_sigma * e_out)
+        torch.testing.assert_close(result, expected)
+    results[1].square().sum().backward()
     assert all(parameter.grad.abs().min() > 0 for parameter in layer.parameters())
     results.append(layer.eval()(x))
-    torch.testing.assert_close([results[0], results[-1]], [F.linear(x, mu, bias)] * 2)
-    wide = rainbow.NoisyLinear(100_000, 2)
-    wide.draw_noise()
-    normal = wide.noise_in * wide.noise_in.abs()  # f undone
-    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
-    assert abs((normal.abs() < 0.6745).float().mean() - 0.5) < 0.01  # as many as a normal distribution has there
+    torch.testing.assert_close(results[2], F.linear(x, mu, bias))
+    assert all((results[i] != results[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"noisy": True}, NATURE])
 def test_dueling(changes):
     """logits = V + A - mean A for every atom, so that V is their mean over the actions."""
-    network = make_model(dueling=True, **changes).online
-    maps = network.backbone(torch.rand(3, 4, 84, 84))
-    zeros = [torch.zeros(3, dtype=torch.long)] if isinstance(network.neck, rainbow.Neck) else []
-    x = network.neck(maps, *zeros)
-    zeros = zeros if isinstance(network.head, rainbow.GameLinear) else []
-    advantage, value = network.head(x, *zeros).view(3, 6, 51), network.value(x, *zeros)
+    network = make_model(dueling=True, **changes).eval().online
+    maps, game_id = network.backbone(torch.rand(3, 4, 84, 84)), torch.zeros(3, dtype=torch.long)
+    x = network.neck(maps, game_id) if isinstance(network.neck, rainbow.Neck) else network.neck(maps)
+    x = network.head(x, game_id) if isinstance(network.head, rainbow.GameLinear) else network.head(x)
+    value, advantage = x.view(3, 7, 51).split([1, 6], 1)
     logits = network(maps)
-    expected = value[:, None] + advantage - advantage.mean(1, keepdim=True)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits.mean(1), value, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, value + advantage - advantage.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.mean(1), value.squeeze(1), rtol=1e-4, atol=1e-4)
 
 
 def test_nature_network_is_the_published_one():
@@ -173,23 +187,91 @@ def test_nature_network_is_the_published_one():
     assert network(maps).shape == (2, 18, 51)
 
 
+# === update and action ================================================================================================
 @pytest.mark.parametrize("changes", [{}, {"freeze_backbone": False}, EXTRAS, NATURE | EXTRAS])
 def test_compiles_without_a_graph_break(changes):
-    """As on GPUs by default; "eager" runs the one graph that was captured, forward and backward."""
+    """As on GPUs by default; "eager" runs the one graph that was traced, forward and backward."""
     torch._dynamo.reset()
-    model = make_model(**changes)
-    functions = model.encode, model, model.act
-    encode, update, act = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False) for f in functions)
-    rainbow.draw_noise(model)
-    stacks, inputs = torch.rand(4, 4, 84, 84), (torch.tensor([0, 5]), torch.randn(2), torch.tensor([True, False]))
-    maps = encode(stacks)
-    results = update(maps, *inputs)
-    torch.testing.assert_close(results, model(model.encode(stacks), *inputs))
+    model = make_model(precision="bf16", **changes)
+    losses, act = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False) for f in (model.losses, model.act))
+    inputs = torch.rand(4, 4, 84, 84), torch.tensor([0, 5]), torch.randn(2), torch.tensor([True, False])
+    torch.manual_seed(0)
+    results = losses(*inputs)
+    torch.manual_seed(0)
+    close = dict(rtol=0.05, atol=0.1)  # the norm is in plain operations when compiled, which round otherwise
+    torch.testing.assert_close(results, model.losses(*inputs), **close)
     results[0].mean().backward()
-    learned = [parameter for parameter in model.online.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None for parameter in learned)
-    with torch.no_grad():
-        assert act(maps[0]).equal(model.act(maps[0]))
+    assert all(parameter.grad.any() for parameter in model.learned if parameter.ndim > 1)
+    stacks = torch.randint(256, (1, 4, 84, 84), dtype=torch.uint8)
+    torch.manual_seed(1)
+    values = act(stacks)
+    torch.manual_seed(1)
+    torch.testing.assert_close(values, model.act(stacks), **close)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_an_update_is_its_steps(freeze, precision):
+    """Of 20 updates through `Graph`, eager on a CPU, losses and weights equal those of the single steps."""
+    changes = dict(freeze_backbone=freeze, precision=precision, max_grad_norm=0.5, target_momentum=0.75)
+    torch.manual_seed(0)
+    model = make_model(**changes)
+    torch.manual_seed(0)
+    other = make_model(**changes)
+    optimizer = torch.optim.Adam(other.learned, 1e-4, eps=1.5e-4)
+    update = rainbow.Graph(model.update, CPU, model.learned)
+    for step, batch in enumerate(make_batches(20 if freeze and precision == "fp32" else 2)):
+        torch.manual_seed(step)
+        found = update(**batch)
+        torch.manual_seed(step)
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        stacks = rainbow.augment(rainbow.stack_frames(batch["frames"], batch["is_first"])).squeeze(1)
+        losses = other.losses(stacks, batch["action"], batch["n_step_return"], batch["done"])
+        loss = (batch["weight"] * losses[0]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.learned, 0.5)
+        assert norm > 0.5
+        optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(other.averages, other.learned, strict=True):
+                average.copy_(0.75 * average + 0.25 * parameter)
+        expected = torch.cat([torch.stack([loss, norm]), losses.flatten()]).detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-2 if precision == "bf16" else 1e-3, atol=1e-3)
+    for name, parameter in model.named_parameters():
+        tolerance = dict(rtol=1e-2, atol=1e-3) if precision == "bf16" else dict(rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(parameter, dict(other.named_parameters())[name], **tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_backbone": False}, NATURE])
+def test_what_learns(changes):
+    """All but a frozen backbone, whatever the precision; the target network follows, without a history."""
+    model = make_model(precision="bf16", target_momentum=0.75, **changes)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.update(**{name: torch.from_numpy(array) for name, array in make_batches(1)[0].items()})
+    for name, parameter in model.named_parameters():
+        frozen = not changes and "backbone" in name
+        assert parameter.equal(before[name]) == frozen, name
+        assert parameter.requires_grad == (name.startswith("online") and not frozen), name
+        assert parameter.grad is None and parameter.is_leaf
+        if name.startswith("target") and not frozen:
+            online = model.online.get_parameter(name.removeprefix("target."))
+            torch.testing.assert_close(parameter, 0.75 * before[name] + 0.25 * online)
+
+
+def test_modes(monkeypatch):
+    """The target's and a frozen backbone never train. With a BatchNorm, a player's values do not depend on others'."""
+    for freeze in (True, False):
+        model = make_model(freeze_backbone=freeze)
+        assert not model.target.backbone.training and model.online.backbone.training != freeze
+    monkeypatch.setattr(rainbow, "Norm", torch.nn.BatchNorm2d)
+    model = make_model(freeze_backbone=False)
+    for batch in make_batches(3):
+        model.update(**{name: torch.from_numpy(array) for name, array in batch.items()})
+    assert model.target.backbone.bn1.running_mean.equal(model.online.backbone.bn1.running_mean)
+    assert model.target.backbone.bn1.num_batches_tracked > 3
+    stacks = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    torch.testing.assert_close(model.act(stacks[:1]), model.act(stacks)[:1])
 
 
 # === environment and replay ===========================================================================================
@@ -199,7 +281,7 @@ class Row(NamedTuple):
     frame: np.ndarray
     action: int
     reward: float
-    starts: bool
+    is_first: bool
     ends: bool
     terminal: bool
 
@@ -207,10 +289,9 @@ class Row(NamedTuple):
 def play(env, rng: np.random.Generator) -> Iterator[tuple[Row, np.ndarray, bool]]:
     """Random play as in the training loop: each row, the stack that the player saw, and whether a life was lost."""
     while True:
-        stack, frame, starts, lives = env.stack.copy(), env.stack[-1], not env.actions, env.lives
-        action = int(rng.integers(env.num_actions))
-        reward, ends = env.step(action)
-        yield Row(frame, action, reward, starts, ends, env.terminal), stack, env.lives < lives
+        stack, lives = env.stack.copy(), env.lives
+        row = Row(*env.step(int(rng.integers(env.num_actions))))
+        yield row, stack, env.lives < lives
         if env.terminal:
             env.reset(env.episode + 1)
             assert not env.stack[:3].any() and env.stack[3].any()
@@ -236,7 +317,8 @@ def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
     """Acting and learning see the same stacks, n steps are added up as defined, and exactly the rows of a known future
     that are no older than the capacity can be drawn: with their last loss, else with the greatest so far."""
     args = make_args(max_episode_steps=max_steps, episodic_life=episodic_life, seed=1)
-    env, replay = rainbow.Environment(args, game), rainbow.Replay(args, tmp_path / "frames.bin")
+    args.game = game
+    env, replay = rainbow.Environment(args), rainbow.Replay(args, tmp_path / "frames.bin")
     rng, played, stacks, deaths = np.random.default_rng(0), [], [], []
     losses, greatest, kinds = {}, 1.0, set()
     for row, stack, lost in islice(play(env, rng), 900):
@@ -255,7 +337,7 @@ def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
         np.testing.assert_allclose(replay.tree.levels[0], leaves, rtol=1e-12)
         slots, probabilities, batch = replay.sample(16, rng)
         np.testing.assert_allclose(probabilities, leaves[slots], rtol=1e-12)
-        shown = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["starts"])).squeeze(1)
+        shown = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"])).squeeze(1)
         new_losses = rng.exponential(2, 16).astype(np.float32)
         replay.set_losses(slots, new_losses)
         greatest = max(greatest, float(new_losses.max()))
@@ -274,16 +356,20 @@ def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
     assert any(deaths) == (game != "pong")
 
 
-def test_environment_continues_from_its_state():
-    """In the middle of the second game, whatever has been played since; sticky actions are drawn alike too."""
+def test_environment_continues_from_its_actions():
+    """In the middle of the second game, whatever has been played since; sticky actions are drawn alike, too."""
     args = make_args(max_episode_steps=50, repeat_action_probability=0.25)
-    env, other = (rainbow.Environment(args, "breakout") for _ in range(2))
+    args.game = "breakout"
+    env, other = rainbow.Environment(args), rainbow.Environment(args)
     list(islice(play(env, np.random.default_rng(0)), 70))
     list(islice(play(other, np.random.default_rng(1)), 130))
-    other.load_state_dict(env.state_dict())
+    args.repeat_action_probability = 0
+    not_sticky = rainbow.Environment(args)
+    for e in (other, not_sticky):
+        e.reset(env.episode)
+        for action in env.actions:
+            e.step(action)
     assert (env.episode, env.actions, env.score) == (other.episode, other.actions, other.score) and env.episode == 1
-    not_sticky = rainbow.Environment(make_args(max_episode_steps=50), "breakout")
-    not_sticky.load_state_dict(env.state_dict())
     assert (not_sticky.stack != env.stack).any()
     both = [islice(play(e, np.random.default_rng(2)), 100) for e in (env, other)]
     for (row, stack, _), (other_row, other_stack, _) in zip(*both, strict=True):
@@ -321,12 +407,12 @@ def test_sum_tree(size):
 
 def synthetic(count: int, seed: int = 0) -> Iterator[Row]:
     """Rows of noise, of games of about 30 rows in which lives are lost."""
-    rng, starts = np.random.default_rng(seed), True
+    rng, is_first = np.random.default_rng(seed), True
     for _ in range(count):
         terminal, lost = (rng.random(2) < (0.03, 0.05)).tolist()
         frame, action, reward = rng.integers(256, size=(84, 84)), int(rng.integers(18)), float(rng.integers(-50, 51))
-        yield Row(frame.astype(np.uint8), action, reward, starts, terminal or lost, terminal)
-        starts = terminal
+        yield Row(frame.astype(np.uint8), action, reward, is_first, terminal or lost, terminal)
+        is_first = terminal
 
 
 def learn(replay, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -337,25 +423,21 @@ def learn(replay, batch_size: int = 32) -> dict[str, np.ndarray]:
     return batch | {"slots": slots, "probabilities": probabilities}
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_replay_continues_from_its_checkpoint(mapped, tmp_path):
-    """Though the crashed run went on for `save_every` rows, and its frames reached the disk; in RAM or mapped alike."""
-    args = make_args(replay_dir=tmp_path if mapped else None)
-    undisturbed, replay = rainbow.Replay(make_args(), tmp_path / "other.bin"), rainbow.Replay(args, tmp_path / "frames")
+def test_replay_continues_from_its_checkpoint(tmp_path):
+    """Though the killed run had gone on for `save_every` rows, whose frames are in the file."""
+    undisturbed = rainbow.Replay(make_args(), tmp_path / "other.bin")
+    replay = rainbow.Replay(make_args(), tmp_path / "frames.bin")
     for i, row in enumerate(synthetic(500), start=1):
         undisturbed.add(*row)
         replay.add(*row)
-        if i % 40 == 0:
-            replay.state_dict()
         if i in (50, 299, 310, 333, 437):
             file = io.BytesIO()
             torch.save(replay.state_dict(), file)
             for other in synthetic(40, seed=1):
                 replay.add(*other)
             learn(replay)
-            replay.state_dict()  # of a checkpoint that was never finished
             file.seek(0)
-            replay = rainbow.Replay(args, tmp_path / "frames")
+            replay = rainbow.Replay(make_args(), tmp_path / "frames.bin")
             replay.load_state_dict(torch.load(file, weights_only=True))
         if i % 10 == 0 or i in (299, 333, 437):
             found, expected = (learn(r, 32 if i % 10 == 0 else 1000) for r in (replay, undisturbed))
@@ -363,49 +445,45 @@ def test_replay_continues_from_its_checkpoint(mapped, tmp_path):
                 np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-def test_frames_of_another_size_are_refused(tmp_path):
-    rainbow.Replay(make_args(), tmp_path / "frames.bin")
-    with pytest.raises(SystemExit, match=r"frames\.bin has not .* bytes"):
-        rainbow.Replay(make_args(save_every=41), tmp_path / "frames.bin")
+def test_frames_need_room_at_once(monkeypatch, tmp_path):
+    """A disk without room for all frames is an error before the run, and all of the file's blocks are there then."""
+    replay = rainbow.Replay(make_args(), tmp_path / "a" / "frames.bin")
+    assert (tmp_path / "a" / "frames.bin").stat().st_blocks * 512 >= replay.size * 84 * 84 == 143 * 84 * 84
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rainbow.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        rainbow.Replay(make_args(), tmp_path / "frames.bin")
 
 
-def test_export(tmp_path):
+@pytest.mark.parametrize(("first", "rows"), [(0, 0), (1100, 0), (1100, 150), (1100, 1)])
+def test_recordings(first, rows, tmp_path):
     """Blank rows before every game, raw rewards, the ends of games alone: complete, cut off, and from within a game."""
-    replay = rainbow.Replay(make_args(replay_capacity=1100), tmp_path / "frames.bin")
-    rows = list(synthetic(2200))
-    assert not rows[1100].starts
-    for number, first, most in ((1, 0, math.inf), (2, 1100, math.inf), (3, 1100, 151), (4, 1100, 1)):
-        for row in rows[replay.rows : first + 1100]:
-            replay.add(*row)
-        files = rainbow.replay_layouts(tmp_path, "ms_pacman", 7, number)[0]
-        replay.export(first, most, files)
-        assert files[0] == tmp_path / "MsPacman" / "7" / "replay_logs" / f"$store$_observation_ckpt.{number}.gz"
-        expected = []
-        for row in rows[first : first + 1100]:
-            expected += [(np.zeros((84, 84)), 0, 0, 0)] * (3 if row.starts else 0)
-            expected.append((row.frame, row.action, row.reward, row.terminal))
-        expected = np.array(expected[: min(most, len(expected))], rainbow.REPLAY)
-        for path, name in zip(files, rainbow.REPLAY.names, strict=True):
-            with gzip.open(path) as stream:
-                found = np.load(stream, allow_pickle=False)
-                assert not stream.read()
-            assert found.dtype == rainbow.REPLAY[name].base
-            np.testing.assert_array_equal(found, expected[name], strict=True)
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-def test_target_is_the_moving_average_of_what_is_learned(freeze):
-    """And carries no history of how it came about, which would grow with every update."""
-    model = make_model(freeze_backbone=freeze)
-    with torch.no_grad():
-        for parameter in model.learned:
-            parameter += 1
-    before = {name: parameter.clone() for name, parameter in model.target.named_parameters()}
-    model.update_target(0.75)
-    for name, parameter in model.target.named_parameters():
-        assert parameter.grad_fn is None and not parameter.requires_grad
-        step = 0.0 if freeze and name.startswith("backbone") else 0.25
-        torch.testing.assert_close(parameter, before[name] + step)
+    args = make_args(replay_capacity=1100, save_replay=tmp_path, save_replay_every=1100, save_replay_rows=rows, seed=7)
+    args.game = "ms_pacman"
+    replay, played = rainbow.Replay(args, tmp_path / "frames.bin"), list(synthetic(2200))
+    assert not played[1100].is_first
+    recorded = []
+    for i, row in enumerate(played):
+        replay.add(*row)
+        if i >= first and rainbow.record(args, replay):
+            recorded.append(i + 1)
+    at = min(rows + 1, 1100) if rows else 1100
+    assert recorded == [n + at for n in (0, 1100) if n >= first]
+    expected = []
+    for row in played[first : first + 1100]:
+        expected += [(np.zeros((84, 84)), 0, 0, 0)] * (3 if row.is_first else 0)
+        expected.append((row.frame, row.action, row.reward, row.terminal))
+    dtypes = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}  # DQN Replay's
+    for j, (name, dtype) in enumerate(dtypes.items()):
+        path = tmp_path / "MsPacman" / "7" / "replay_logs" / f"$store$_{name}_ckpt.{first // 1100 + 1}.gz"
+        column = np.array([row[j] for row in expected[: rows + 1 if rows else None]], dtype)
+        with gzip.open(path) as stream:
+            np.testing.assert_array_equal(np.load(stream), column, strict=True)
+    assert json.loads((tmp_path / "source.json").read_text()) == {"ms_pacman": "rainbow"}
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
 # === arguments ========================================================================================================
@@ -421,10 +499,8 @@ SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
         ({"encoder": "nature", "checkpoint": Path("x.pt")}, "leave --checkpoint out"),
         (SAVE | {"total_steps": 120_000}, "--total-steps must be a multiple of --save-replay-every"),
         (SAVE | {"replay_capacity": 49_999}, "--replay-capacity must be at least --save-replay-rows"),
-        (
-            SAVE | {"save_replay_rows": 400, "replay_capacity": 399},
-            "--replay-capacity must be at least --save-replay-rows",
-        ),
+        (SAVE | {"save_replay_rows": 400, "replay_capacity": 399}, "must be at least --save-replay-rows"),
+        ({"save_every": 0}, "--save-every must be at least 1"),
     ],
 )
 def test_bad_arguments(changes, message):
