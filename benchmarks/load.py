@@ -19,7 +19,8 @@ import torch
 from common import DEVICE, begin, in_new_process, load, median, memory, record, shown, start, table, take_turns
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-BATCH, LENGTH, ROWS, SHARDS, READERS = 512, 7, 400_000, 40, 4  # 2.8 GB of rows in all; readers are threads or workers
+ROUNDS = 3
+BATCH, LENGTH, ROWS, SHARDS, READERS = 512, 7, 200_000, 20, 4  # 1.4 GB of rows in all; readers are threads or workers
 MODULE = load("pretrain_atc")
 COLUMNS = {"action": "u1", "reward": "i1", "terminal": "?"}
 
@@ -82,7 +83,7 @@ def rate(way: str, folder: str, cached: bool) -> dict[str, float]:
             else:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    number = {"ours": 400, "memory map": 100, "HDF5": 40}[way] if cached else 24  # batches
+    number = {"ours": 200, "memory map": 50, "HDF5": 20}[way] if cached else 12  # batches
     read, clock = disk_reads(), time.perf_counter()
     for _ in batches_of(way, folder, number):
         pass
@@ -108,14 +109,14 @@ def growth(folder: str) -> dict[str, float]:
 
 
 def main(_: list[str]) -> None:
-    begin(__doc__.partition("\n")[0])
+    begin(__doc__.partition("\n")[0], ROUNDS)
     figures, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         os.sync()  # the disk is at rest as the clock runs
         for cached, target in ((True, "60,000"), (False, "10,000")):
             ways = {"ours": f"{folder}/ours", "memory map": f"{folder}/plain", "HDF5": f"{folder}/plain"}
-            found = take_turns({way: partial(rate, way, place, cached) for way, place in ways.items()})
+            found = take_turns({way: partial(rate, way, place, cached) for way, place in ways.items()}, ROUNDS)
             figures["warm" if cached else "empty"] = found
             rates = [of["samples per second"] for of in found.values()]
             ratios = [f"{median(rates[0]) / median(plain):.1f}" for plain in rates[1:]]
