@@ -90,7 +90,6 @@ class Args:
     encoder: Literal["resnet", "nature"] = "resnet"  # f: the ResNet-50, or DQN's small network, trained from scratch
     width_multiplier: float = 1.0  # scales the ResNet's channels; as in pre-training
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; as in pre-training
-
     episodic_life: bool = True  # a lost life ends an episode for learning; the game itself goes on
     repeat_action_probability: float = 0.0  # of sticky actions in training; 0.25 in the DQN Replay Dataset
     replay_dir: Path | None = None  # folder for the file of frames, on a fast local disk; default: the run's folder
@@ -302,12 +301,10 @@ class Rainbow(nn.Module):
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z
         self.to(device, memory_format=torch.channels_last)
         self.precision = autocast(device, "fp32" if args.encoder == "nature" else args.precision)
-        with self.precision:
-            if self.frozen and torch.is_autocast_enabled(device.type):
-                backbone.bfloat16()  # once, not in every pass
-        names = [name for name, parameter in self.online.named_parameters() if parameter.requires_grad]
-        self.learned = [self.online.get_parameter(name) for name in names]
-        self.averages = [self.target.get_parameter(name) for name in names]
+        if self.frozen and self.precision._enabled:
+            backbone.bfloat16()  # once, not in every pass
+        learned = {name: parameter for name, parameter in self.online.named_parameters() if parameter.requires_grad}
+        self.learned, self.averages = list(learned.values()), [self.target.get_parameter(name) for name in learned]
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
         self.optimizer._warned_capturable_if_run_uncaptured = True  # it runs so before it is captured
@@ -348,8 +345,7 @@ class Rainbow(nn.Module):
             atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
             m = project(p, atoms, self.support)
         logits = self.online(maps)[i, action]  # [b, atoms]
-        cross_entropy = -(m * logits.log_softmax(1)).sum(1)
-        cross_entropy = cross_entropy.clamp(1e-5, 1e5)  # as in the original: no priority is 0
+        cross_entropy = (m * -logits.log_softmax(1)).sum(1).clamp(1e-5, 1e5)  # as in the original: no priority is 0
         return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
 
     def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
@@ -370,13 +366,11 @@ class Rainbow(nn.Module):
 
 # === CUDA graphs ======================================================================================================
 class Graph:
-    """Calls a function of tensors with arrays. On CUDA, its kernels are captured at the first call and then replayed.
+    """Calls a function of tensors with arrays. On CUDA, the first call captures its kernels; all calls replay them."""
 
-    `state` are the tensors that the function changes. Arrays may have fewer rows than at the first call.
-    """
-
-    def __init__(self, function, device: torch.device, state: tuple | list = ()):
-        self.function, self.device, self.state, self.graph = function, device, state, None
+    def __init__(self, function, device: torch.device, state: list[torch.Tensor]):
+        self.function, self.device, self.graph = function, device, None
+        self.state = state  # what the function changes
 
     def capture(self, arrays: dict[str, np.ndarray]) -> None:
         self.pinned = {name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}
@@ -398,7 +392,7 @@ class Graph:
         if self.graph is None:
             self.capture(arrays)
         for name, array in arrays.items():
-            self.pinned[name][: len(array)] = torch.from_numpy(array)
+            self.pinned[name][: len(array)] = torch.from_numpy(array)  # it may have fewer rows than at the first call
             self.inputs[name].copy_(self.pinned[name], non_blocking=True)
         self.graph.replay()
         return self.output.cpu().numpy()  # the only wait
@@ -447,8 +441,7 @@ class Replay:
         self.discounts = args.discount ** np.arange(self.n_steps)  # gamma^k
         self.size = args.replay_capacity + HISTORY + args.save_every
         self.fields, self.tree = np.zeros(self.size, TRANSITION), SumTree(self.size)
-        self.rows, self.ready = 0, 0  # rows played so far, and those with a known future, which have a priority
-        self.max_priority = 1.0
+        self.rows, self.ready, self.max_priority = 0, 0, 1.0  # rows played, rows with a known future and so a priority
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:  # a disk without room for all frames is an error now, not a crash later
             os.posix_fallocate(file.fileno(), 0, self.size * 84 * 84)
@@ -470,8 +463,8 @@ class Replay:
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
         """Draws a slot from each of b equal parts of the sum of priorities -> slots [b], priorities [b] and a batch:
 
-        frames uint8 [2b, 4, 84, 84] and is_first [2b, 4] of the b stacks now and the b stacks n steps later; action,
-        n_step_return (G) and done [b]. If the episode ends within the n steps (done), the later stack is that of now.
+        frames uint8 [2b, 4, 84, 84] and is_first [2b, 4] of b stacks now, then of the b stacks n steps later; action,
+        n_step_return (G) and done [b]. Where done, the episode ends within the n steps: the later stack is that of now.
         """
         slots = self.tree.draw((np.arange(batch_size) + rng.random(batch_size)) / batch_size)
         steps = self.fields[(slots[:, None] + np.arange(self.n_steps)) % self.size]  # [b, n]
@@ -536,16 +529,17 @@ PADDING = 3  # blank rows before every episode in the dataset
 
 
 def name_source(args: Args, is_new: bool) -> Path:
-    """Notes in source.json that the game's recordings are Rainbow's. Returns their folder."""
+    """Notes in source.json that the game's recordings are Rainbow's. Returns the folder of this run's."""
     folder = args.save_replay / "".join(word.capitalize() for word in args.game.split("_"))
     path, temporary = args.save_replay / "source.json", args.save_replay / f"source_{args.game}_{args.seed}.tmp"
     sources = json.loads(path.read_text()) if path.exists() else {}
     if is_new and sources.get(args.game) != "rainbow" and any(folder.rglob("*.gz")):
         raise SystemExit(f"{folder} has recordings of another source. Choose another --save-replay.")
-    folder.mkdir(parents=True, exist_ok=True)
+    logs = folder / f"{args.seed}" / "replay_logs"
+    logs.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(sources | {args.game: "rainbow"}, indent=2))
     temporary.replace(path)
-    return folder
+    return logs
 
 
 def record(args: Args, replay: Replay) -> bool:
@@ -557,8 +551,7 @@ def record(args: Args, replay: Replay) -> bool:
     slots = np.arange(replay.rows - 1 - row, replay.rows) % replay.size
     padding = np.repeat(np.flatnonzero(replay.fields["is_first"][slots]), PADDING)
     slots = np.insert(slots, padding, -1)[:most]  # -1: a blank row
-    folder = name_source(args, is_new=False) / f"{args.seed}" / "replay_logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = name_source(args, is_new=False)
     for name, dtype in REPLAY_FILES.items():
         column = replay.frames if name == "observation" else replay.fields[name]
         path = folder / f"$store$_{name}_ckpt.{number + 1}.gz"
@@ -754,10 +747,9 @@ def check(args: Args) -> None:
         raise SystemExit("--learning-starts must be between --n-steps and --total-steps, --replay-capacity above.")
     if args.encoder == "nature" and args.checkpoint:
         raise SystemExit("--encoder nature is trained from scratch: leave --checkpoint out.")
-    if args.save_replay and args.total_steps % args.save_replay_every:
-        raise SystemExit("--save-replay: --total-steps must be a multiple of --save-replay-every.")
-    if args.save_replay and args.replay_capacity < min(args.save_replay_rows or math.inf, args.save_replay_every):
-        raise SystemExit("--save-replay: --replay-capacity must be at least --save-replay-rows or --save-replay-every.")
+    rows = min(args.save_replay_rows or math.inf, args.save_replay_every)
+    if args.save_replay and (args.total_steps % args.save_replay_every or args.replay_capacity < rows):
+        raise SystemExit(f"--total-steps must be a multiple of --save-replay-every, --replay-capacity at least {rows}.")
 
 
 def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWriter, plain_args: dict, checkpoint: Path):
@@ -767,7 +759,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     moments = [x for state in model.optimizer.state.values() for x in state.values()]
-    act, update = Graph(model.act, device), Graph(model.update, device, [*model.state_dict().values(), *moments])
+    act, update = Graph(model.act, device, []), Graph(model.update, device, [*model.state_dict().values(), *moments])
     updates = max(0, int((replay.rows - args.learning_starts) * args.updates_per_step))
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
     recent, clock = [], time.perf_counter()
@@ -865,14 +857,13 @@ def finetune(args: Args) -> None:
 
     writer = SummaryWriter(run_dir, purge_step=replay.rows + 1)  # hides what was logged after the checkpoint
     (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
-    progress = f"from step {replay.rows:,} of {args.total_steps:,}"
-    print(f"{args.game}: {method}, seed {args.seed}, {progress}; run: {run_dir}", flush=True)
+    print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}", flush=True)
     train(model, replay, env, writer, plain_args, checkpoint)
 
     # The score of the target network, which has been the player in training, too
     parts = ("neck", "head") if model.frozen else ("backbone", "neck", "head")
     torch.save({part: getattr(model.target, part).state_dict() for part in parts}, run_dir / "policy.pt")
-    act = Graph(model.eval().act, device)
+    act = Graph(model.eval().act, device, [])
     scores, film = play_episodes(args.game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()

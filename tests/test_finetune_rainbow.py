@@ -370,7 +370,10 @@ def test_recordings_of_others_are_left_alone(source, tmp_path):
         (["--checkpoint", "a.pt"], r"a\.pt"),
         (["--learning-starts", "10"], "--learning-starts must be between --n-steps and"),
         (["--save-replay", "data"], "--total-steps must be a multiple of --save-replay-every"),
-        (["--save-replay", "data", "--save-replay-every", "60", "--replay-capacity", "59"], "must be at least"),
+        (
+            ["--save-replay", "data", "--save-replay-every", "60", "--replay-capacity", "59"],
+            "--replay-capacity at least 60",
+        ),
         (["--log-every", "0"], "--log-every must be at least 1"),
     ],
 )

@@ -498,8 +498,8 @@ SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
         ({"replay_capacity": 10}, "--replay-capacity above"),
         ({"encoder": "nature", "checkpoint": Path("x.pt")}, "leave --checkpoint out"),
         (SAVE | {"total_steps": 120_000}, "--total-steps must be a multiple of --save-replay-every"),
-        (SAVE | {"replay_capacity": 49_999}, "--replay-capacity must be at least --save-replay-rows"),
-        (SAVE | {"save_replay_rows": 400, "replay_capacity": 399}, "must be at least --save-replay-rows"),
+        (SAVE | {"replay_capacity": 49_999}, "--replay-capacity at least 50000"),
+        (SAVE | {"save_replay_rows": 400, "replay_capacity": 399}, "--replay-capacity at least 400"),
         ({"save_every": 0}, "--save-every must be at least 1"),
     ],
 )
