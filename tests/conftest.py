@@ -50,16 +50,28 @@ def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 600, **ch
     return done
 
 
-def train(script: str, *args, cwd: Path) -> None:
-    """Pre-trains in this process, in that folder, as the script does when it is given these arguments."""
-    module = load(script)
+def train(script: str, *args, cwd: Path, games: tuple[str, ...] = GAMES) -> None:
+    """Pre-trains in this process, in that folder, as the script does when it is given these arguments.
+
+    As if the data set had only a few games: what the networks have for each game takes most of the time else.
+    """
+    module, writers = load(script), []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.chdir(cwd):
+
+    def open_writer(*args, make=module.SummaryWriter, **options):
+        writers.append(make(*args, **options))
+        return writers[-1]
+
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "DQN_REPLAY_GAMES", sorted(games))
+        patch.setattr(module, "SummaryWriter", open_writer)
+        try:
             module.train(module.tyro.cli(module.Args, args=["--device", "cpu", "--no-compile", *map(str, args)]))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        finally:
+            for writer in writers:
+                writer.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def write_replay(data_dir: Path, game: str, columns: dict, layout: str = BUCKET, number: int = 1) -> dict[str, Path]:
@@ -87,7 +99,7 @@ def cache(tmp_path_factory) -> Path:
     """A --cache-dir with 1,000 played rows of each of GAMES."""
     folder = tmp_path_factory.mktemp("cache")
     module = load("pretrain_atc.py")
-    module.prepare(module.Args(cache_dir=folder), GAMES, 0)
+    module.prepare(module.Args(cache_dir=folder), GAMES, 1)
     return folder
 
 

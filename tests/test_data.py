@@ -476,7 +476,7 @@ DAMAGES = {  # the field, what is done to it, and what the message says of it
     "terminals beyond 1": ("terminal", lambda a: a + 1, "not integers from 0 to 1"),
     "pickled objects": ("terminal", lambda a: np.array([Evil(Path("evil"))] * len(a), object), "OBJECT"),
     "a single number": ("terminal", lambda a: np.array(0, np.uint8), "cannot be read"),
-    "differing lengths": ("terminal", lambda a: a[:-1], "differ in length"),
+    "differing lengths": ("terminal", lambda a: a[:-1], "or its files differ"),
     "no rows": ("observation", lambda a: a[:0], "cannot be read"),
 }
 
@@ -708,6 +708,16 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         assert int(done.stdout) < 100 * 1024, rows  # kilobytes
+
+
+def test_a_shard_that_is_cut_short_is_an_error(atc, numbered, tmp_path):
+    """Though it was whole as the run began: never a batch that is half empty."""
+    path = tmp_path / "cut.bin"
+    path.write_bytes(numbered[0][1].read_bytes())
+    data = atc.Windows([(0, path)], 7, 64, 0, "train")
+    path.write_bytes(path.read_bytes()[:1_000_000])
+    with pytest.raises(SystemExit, match=r"A shard in --cache-dir is cut short\. Delete that folder"):
+        list(atc.read_ahead(data, range(data.batches), 4))
 
 
 def test_too_few_file_descriptors_for_the_shards(atc, numbered, monkeypatch):

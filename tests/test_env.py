@@ -40,6 +40,18 @@ def plain_env(game: str, noops: int = 0, **options) -> gymnasium.Env:
     return FrameStackObservation(env, 4, padding_type="zero")
 
 
+def play(module, game: str, policy, episodes: int, max_steps: int, epsilon: float, seed: int, video: bool = True):
+    """Scores and frames of an evaluation."""
+    args = module.Args(game, eval_episodes=episodes, max_episode_steps=max_steps, epsilon=epsilon, seed=seed)
+    args.video = video
+    return module.play_episodes(game, policy, args)
+
+
+def values_of(actions: np.ndarray) -> np.ndarray:
+    """Values [n, 18] that are the largest for these actions."""
+    return np.eye(18)[actions]
+
+
 def spy(module, monkeypatch) -> list:
     """Makes the module's environments note themselves, their options and the actions of every step."""
     made = []
@@ -68,7 +80,7 @@ def test_frames_are_those_of_gymnasium(bc, monkeypatch, game):
     """For the same actions, every step has to agree in the whole stack (so in every frame, the one after an episode's
     last action and the one after a reset included), in the raw reward, and in both flags, terminated and truncated."""
     limit, made = 300, spy(bc, monkeypatch)
-    bc.play_episodes(game, lambda stacks, *_: np.zeros(len(stacks), int), 1, max_steps=1, epsilon=0, seed=0)
+    play(bc, game, lambda stacks, *_: values_of(np.zeros(len(stacks), int)), 1, max_steps=1, epsilon=0, seed=0)
     options = made[0].options | dict(noop_max=0, max_num_frames_per_episode=4 * limit)  # else as in evaluation
     env = bc.AtariVectorEnv(game, 1, **options)
     plain = plain_env(game, max_num_frames_per_episode=4 * limit)
@@ -134,9 +146,9 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     def act(stacks, which, action, reward):
         calls.append(stacks.copy())
         last.append((which.copy(), action.copy(), reward.copy()))
-        return pixel_sum(stacks, actions)
+        return values_of(pixel_sum(stacks, actions))
 
-    found, frames = bc.play_episodes(game, act, episodes, max_steps, 0, seed, record=True)
+    found, frames = play(bc, game, act, episodes, max_steps, 0, seed)
     assert found.tolist() == scores
     assert len(calls) == max(lengths)
     for step, stacks in enumerate(calls):  # asked of the running episodes alone
@@ -150,7 +162,7 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     assert (totals <= scores).all() and totals.any()  # all but what the last steps brought
     assert not calls[0][:, :3].any()
     assert calls[0][:, 3].any((1, 2)).all()
-    np.testing.assert_array_equal(frames, [stack[-1] for stack in played[0]])
+    np.testing.assert_array_equal(frames, [stack[-1] for stack in played[0][:1800]])  # two minutes at most
 
 
 def test_play_stops_at_max_steps(bc):
@@ -158,9 +170,9 @@ def test_play_stops_at_max_steps(bc):
 
     def act(stacks, *_):
         calls.append(len(stacks))
-        return np.zeros(len(stacks), int)
+        return values_of(np.zeros(len(stacks), int))
 
-    scores, frames = bc.play_episodes("pong", act, episodes=3, max_steps=25, epsilon=0, seed=0, record=True)
+    scores, frames = play(bc, "pong", act, episodes=3, max_steps=25, epsilon=0, seed=0)
     assert calls == [3] * 25
     assert len(frames) == 25
     assert scores.shape == (3,)
@@ -169,8 +181,8 @@ def test_play_stops_at_max_steps(bc):
 def test_random_actions_are_all_of_the_games(bc, monkeypatch):
     """epsilon = 1: uniform over all 18 actions, the last one too, whatever the policy says."""
     made = spy(bc, monkeypatch)
-    act = lambda stacks, *_: np.full(len(stacks), 4)  # noqa: E731
-    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0, record=True)
+    act = lambda stacks, *_: values_of(np.full(len(stacks), 4))  # noqa: E731
+    play(bc, "boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0)
     counts = np.bincount(np.concatenate(made[0].actions), minlength=18)
     assert counts.sum() == 4 * 180
     assert len(counts) == 18
@@ -183,14 +195,14 @@ def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
 
     def act(stacks, which, action, reward):
         asked.append((which, action))
-        return np.full(len(stacks), 4)
+        return values_of(np.full(len(stacks), 4))
 
-    bc.play_episodes("boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0, record=True)
+    play(bc, "boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0)
     assert sum(len(which) for which, _ in asked) == 2 * 100
     assert (np.concatenate(made[0].actions) == 4).all()  # nothing else was ever played
 
     asked.clear()
-    bc.play_episodes("boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0, record=True)
+    play(bc, "boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0)
     actions = np.concatenate(made[1].actions)
     told = [action[which == 0] for which, action in asked[1:]]  # of the last step, the drawn actions too
     assert np.concatenate(told).tolist() == [step[0] for step in made[1].actions[: len(told)]]
@@ -199,9 +211,16 @@ def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
 
 
 def test_play_is_a_function_of_its_seed(bc):
-    def play(seed):
-        act = lambda stacks, *_: pixel_sum(stacks, 9)  # noqa: E731
-        return np.array(bc.play_episodes("ms_pacman", act, 1, 60, 0.5, seed, record=True)[1])
+    def frames(seed):
+        act = lambda stacks, *_: values_of(pixel_sum(stacks, 9))  # noqa: E731
+        return np.array(play(bc, "ms_pacman", act, 1, 60, 0.5, seed)[1])
 
-    np.testing.assert_array_equal(play(0), play(0))
-    assert (play(0) != play(1)).any()
+    np.testing.assert_array_equal(frames(0), frames(0))
+    assert (frames(0) != frames(1)).any()
+
+
+def test_actions_that_a_game_lacks_are_never_taken(bc, monkeypatch):
+    """However large their values are: of 18, a game with 6 uses the first 6."""
+    made = spy(bc, monkeypatch)
+    play(bc, "pong", lambda stacks, *_: np.tile(np.arange(18.0), (len(stacks), 1)), 2, 50, 0, 0)
+    assert (np.concatenate(made[0].actions) == 5).all()

@@ -3,13 +3,13 @@
 No objective is trained well in this time: where knowing the game alone would give something, the test says what.
 """
 
-import gzip
-
 import numpy as np
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
-from conftest import load, run
+from conftest import load, run, write_replay
+
+pytestmark = pytest.mark.slow
 
 NETWORK = {"width_multiplier": 0.25, "blocks": (1, 1, 1, 1)}
 FLAGS = ("--width-multiplier", 0.25, "--blocks", 1, 1, 1, 1)
@@ -20,13 +20,13 @@ BATCHES = 5  # unseen batches of 64 to judge by
 
 
 def unseen_windows(module, shards, folder, length):
-    """Batches of 64 of the windows of each shard's last UNSEEN rows, which were not trained on."""
+    """Batches of 64 of windows of each shard's last UNSEEN rows, which were not trained on."""
     parts = []
     for i, (game_id, path) in enumerate(shards):
-        parts.append((game_id, folder / f"unseen{i}.npy"))
-        np.save(parts[-1][1], np.load(path)[-UNSEEN:])
-    data = module.Windows(parts, length, 64, 0, "all")
-    return [{name: torch.as_tensor(x) for name, x in data[i].items()} for i in range(data.batches - 1)]
+        parts.append((game_id, folder / f"unseen{i}.bin"))
+        np.fromfile(path, module.ROW)[-UNSEEN:].tofile(parts[-1][1])
+    data = module.Windows(parts, length, 64, 0, "train")
+    return [module.unpack(*data.batch(i), "cpu") for i in range(data.batches)]
 
 
 class Learned:
@@ -35,17 +35,18 @@ class Learned:
     def __init__(self, method, folder, data_dir, **changes):
         self.module = load(f"pretrain_{method}.py")
         given = [text for name, value in changes.items() for text in (f"--{name.replace('_', '-')}", value)]
-        plain = ("--precision", "fp32", "--num-workers", 0, "--eval-samples", 1, "--run-name", method)
+        plain = ("--precision", "fp32", "--num-workers", 1, "--run-name", method)
         data = ("--data-dir", data_dir, *FEW_FILES, "--rows-per-checkpoint", TRAINED, "--cache-dir", data_dir / "cache")
         run(f"pretrain_{method}.py", *FLAGS, *plain, *data, *given, "--games", *GAMES, cwd=folder)
         content = torch.load(folder / "runs" / method / "checkpoint.pt", weights_only=True)
 
         args = self.module.Args(data_dir=data_dir, cache_dir=data_dir / "cache", runs=(1,), checkpoints=(1,))
-        self.trained_shards = self.module.prepare(args, GAMES, TRAINED)
-        shards = self.module.prepare(args, GAMES, TRAINED + UNSEEN)
+        self.trained_shards, _ = self.module.prepare(args, GAMES, TRAINED)
+        shards, _ = self.module.prepare(args, GAMES, TRAINED + UNSEEN)
         self.objective = self.module.Objective(self.module.Args(**NETWORK, **changes))
         for name, part in self.objective.named_children():
             part.load_state_dict(content[name])
+        self.objective.eval()
         self.batches = unseen_windows(self.module, shards, folder, self.objective.length)[:BATCHES]
 
     def metrics(self):
@@ -60,10 +61,12 @@ class Learned:
 
         The stacks are not augmented; SiamMAE also gets the stacks 3 steps before.
         """
-        mean_frame = np.mean([np.load(path)["frame"].mean(0) for _, path in self.trained_shards], 0) / 255
+        mean_frame = (
+            np.mean([np.fromfile(path, self.module.ROW)["frame"].mean(0) for _, path in self.trained_shards], 0) / 255
+        )
         generator, errors = torch.Generator().manual_seed(0), []
         for batch in self.batches:
-            stacks = self.module.stack_frames(batch["frames"], batch["starts"]) / 255  # [b, 1 or 4, 4, 84, 84]
+            stacks = self.module.stack_frames(batch["frames"], batch["is_first"]) / 255  # [b, 1 or 4, 4, 84, 84]
             views, target = stacks[:, :: max(1, stacks.shape[1] - 1)].unbind(1), stacks[:, -1]
             noise = torch.rand(len(stacks), 36, generator=generator)
             with torch.no_grad():
@@ -82,9 +85,10 @@ class Learned:
 @pytest.fixture(scope="module")
 def random_play(tmp_path_factory):
     """A --data-dir of random play."""
-    folder, atc = tmp_path_factory.mktemp("random"), load("pretrain_atc.py")
-    atc.prepare(atc.Args(cache_dir=folder, play_rows=TRAINED + UNSEEN), GAMES, 0)
-    return folder / f"played_{TRAINED + UNSEEN}"
+    folder, rng = tmp_path_factory.mktemp("random"), np.random.default_rng(0)
+    for game in GAMES:
+        record(folder, game, lambda frame: int(rng.integers(6)), TRAINED + UNSEEN)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -137,11 +141,7 @@ def record(data_dir, game, player, rows):
             column.append(value)
         if done:
             stack, *_ = env.step(np.array([action]))
-    folder = data_dir / "".join(word.capitalize() for word in game.split("_"))
-    folder.mkdir(parents=True)
-    for (field, column), dtype in zip(columns.items(), ("u1", "i4", "f4", "u1"), strict=True):
-        with gzip.open(folder / f"{field}_1_1.gz", "wb", compresslevel=1) as file:
-            np.save(file, np.array(column, dtype))
+    write_replay(data_dir, game, columns)
 
 
 def pong_follower():
@@ -207,15 +207,17 @@ def test_cloned_behaviour_predicts_unseen_actions(tmp_path):
 
     torch.manual_seed(0)  # as the script: the same random backbone
     policy = bc.Policy(bc.ResNet(**NETWORK).requires_grad_(False))
-    saved = torch.load(tmp_path / "runs" / "finetune_bc__random__pong__0" / "policy.pt", weights_only=True)
+    (path,) = tmp_path.glob("runs/*/policy.pt")
+    saved = torch.load(path, weights_only=True)
     policy.neck.load_state_dict(saved["neck"])
     policy.head.load_state_dict(saved["head"])
+    pretraining = load("pretrain_bc.py")
     args = bc.Args("pong", data_dir=play, runs=(1,), checkpoints=(1,), cache_dir=tmp_path / "cache")
-    shards = bc.prepare(args, ("pong",), TRAINED + UNSEEN)
+    shards, _ = bc.prepare(args, ["pong"], TRAINED + UNSEEN)
     hits, actions = [], []
-    for batch in unseen_windows(bc, shards, tmp_path, 4):
+    for batch in unseen_windows(pretraining, shards, tmp_path, 4):
         with torch.no_grad():
-            logits = policy(bc.stack_frames(batch["frames"], batch["starts"])[:, 0] / 255)
+            logits = policy(bc.stack_frames(batch["frames"], batch["is_first"])[:, 0] / 255)
         actions.append(batch["action"][:, -1].long())
         hits.append(logits.argmax(1) == actions[-1])
     accuracy = torch.cat(hits).float().mean().item()

@@ -1,8 +1,12 @@
 """Pre-training as a user runs it: alone, interrupted, on several processes, with wrong arguments and bad numbers."""
 
+import fcntl
 import io
 import json
+import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,14 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAINING, QUICK, ROOT, SMALL, Bomb, environment, run
+import torchvision
+from conftest import GAMES, PRETRAINING, QUICK, ROOT, Bomb, environment, load, run, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-CONTRAST, ACTION, PIXELS = ["accuracy"], ["accuracy", "majority_accuracy"], ["masked_error"]
-METRICS = {"curl": CONTRAST, "atc": CONTRAST, "r3m": CONTRAST, "spr": CONTRAST, "mae": PIXELS, "siammae": PIXELS}
-METRICS |= {"bc": ACTION, "idm": ACTION, "dt": ACTION, "spr_idm": ["spr_loss", "idm_loss", *ACTION]}
+ACCURACY, PIXELS = ["accuracy"], ["masked_error"]
+METRICS = {"curl": ACCURACY, "atc": ACCURACY, "r3m": ACCURACY, "spr": ACCURACY, "mae": PIXELS, "siammae": PIXELS}
+METRICS |= {"bc": ACCURACY, "idm": ACCURACY, "dt": ACCURACY, "spr_idm": ["spr_loss", "idm_loss", "accuracy"]}
 METRICS["cql"] = ["td_loss", "conservative_loss", "accuracy"]
+CLOCK = {"charts/SPS"}  # what differs between two equal runs
+DQN_REPLAY_GAMES = load("pretrain_atc.py").DQN_REPLAY_GAMES
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -50,7 +59,19 @@ def assert_equal(a, b) -> None:
         assert a == b
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same checkpoint, bit by bit, and the same curves, but for the arguments that may change."""
+    one, other = checkpoint(a), checkpoint(b)
+    for name in ("run_name", "resume", "overwrite", "data_dir", "cache_dir"):
+        one["args"].pop(name), other["args"].pop(name)
+    assert_equal(one, other)
+    one, other = scalars(a), scalars(b)
+    assert one.keys() == other.keys() and "eval/loss" in one
+    for name in one.keys() - CLOCK:
+        assert one[name] == other[name], name
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended too early"
@@ -60,41 +81,58 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment()} | options
+    return subprocess.Popen(command, cwd=cwd, **options)
 
 
+@pytest.fixture(scope="session")
+def played(tmp_path_factory) -> Path:
+    """A --cache-dir with 100 played rows of two games."""
+    folder = tmp_path_factory.mktemp("played")
+    atc = load("pretrain_atc.py")
+    atc.prepare(atc.Args(cache_dir=folder, play_rows=100), ("pong", "freeway"), 1)
+    return folder
+
+
+# === alone ============================================================================================================
 @pytest.mark.parametrize("script", PRETRAINING)
 def test_alone_in_an_empty_folder(script, alone):
     """A copy of the script, and nothing else, plays its data, trains, evaluates, logs and saves."""
     folder, output = alone(script)
-    assert "No --data-dir: a smoke test on 100 rows of random play a game" in output
-    assert "images/s" in output  # on the progress bar
+    assert "No --data-dir: this is a smoke test on 100 rows of random play a game." in output
+    assert "samples/s" in output  # on the progress bar
     assert sorted(path.name for path in folder.iterdir()) == ["cache", script, "runs"]
     run_dir = folder / "runs" / f"{script.removesuffix('.py')}__7"
-    assert json.loads((run_dir / "args.json").read_text())["seed"] == 7
+    (events,) = run_dir.glob("events*")
+    assert {*run_dir.iterdir()} == {run_dir / "args.json", run_dir / "checkpoint.pt", events}
+    args = json.loads((run_dir / "args.json").read_text())
+    assert (args["seed"], args["data"], args["samples"]) == (7, "random_play", args["samples"])
 
-    content = checkpoint(run_dir)
-    assert content["format"] == "atari-pb/1"
+    content = checkpoint(run_dir)  # plain types and tensors alone: it is read with weights_only
+    assert content["format"] == "atari-pb/1" and content["args"] == args
     assert content["objective"] == script.removeprefix("pretrain_").removesuffix(".py")
     assert (content["step"], content["games"]) == (3, ["pong", "freeway"])
+    module = load(script)
+    objective = module.Objective(module.Args(width_multiplier=0.125, blocks=(1, 1, 1, 1)))
+    parts = dict(objective.named_children())
+    assert {"backbone", "neck", "head"} <= parts.keys() <= {"backbone", "neck", "head", "target"}
+    assert content.keys() == {"format", "objective", "step", "args", "games", "optimizer", *parts}
+    for name, part in parts.items():
+        part.load_state_dict(content[name])  # all names, and no prefixes
+        assert all(value.isfinite().all() for key, value in content[name].items() if key != "largest_return")
+    assert set(content["backbone"]) < set(torchvision.models.resnet50().state_dict())
     assert content["backbone"]["layer4.0.downsample.0.weight"].shape == (256, 128, 1, 1)
-    assert {"backbone", "neck", "head", "optimizer", "rng", "args"} <= content.keys()
+    assert content["optimizer"]["state"][0]["step"] == 3
+
     logged = scalars(run_dir)
     metrics = METRICS[content["objective"]]
-    assert {f"{group}/{metric}" for group in ("losses", "eval") for metric in metrics} <= logged.keys()
-    assert {"losses/loss", "losses/grad_norm", "eval/loss", "charts/learning_rate", "charts/teraflops"} <= logged.keys()
-    assert list(logged["losses/loss"]) == [1, 2, 3]
-    assert all(value > 0 for value in logged["charts/images_per_second"].values())
+    groups = {f"{group}/{metric}" for group in ("losses", "eval") for metric in ["loss", *metrics]}
+    assert logged.keys() == groups | {"losses/grad_norm", "charts/learning_rate", "charts/SPS"}
+    assert list(logged["losses/loss"]) == [1, 2, 3] and list(logged["eval/loss"]) == [3]
+    assert all(value > 0 for value in logged["charts/SPS"].values())
     assert logged["charts/learning_rate"][1] == pytest.approx(0.1 * content["args"]["learning_rate"])
-
-
-def test_operations_are_counted(tmp_path):
-    """ATC's step of the full network is 19.6 GFLOP a sample: 3 x 4.9 for the query, 4.9 for the key, little else."""
-    run("pretrain_atc.py", "--total-steps", 1, *QUICK[len(SMALL) :], cwd=tmp_path)
-    logged = scalars(tmp_path / "runs" / "pretrain_atc__0")
-    operations = 1e12 * logged["charts/teraflops"][1] / logged["charts/images_per_second"][1]
-    assert operations == pytest.approx(19.6e9, rel=0.02)
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
 
 
 @pytest.mark.parametrize(("objective", "columns"), [("mae", 3), ("siammae", 4)])
@@ -102,10 +140,9 @@ def test_pictures(objective, columns, alone):
     """The held-out samples, one below the other: what goes in, the later stack, what is masked, what is made of it."""
     folder, _ = alone(f"pretrain_{objective}.py")
     events = EventAccumulator(str(folder / "runs" / f"pretrain_{objective}__7"), {"images": 0}).Reload()
-    (name,) = events.Tags()["images"]
-    (event,) = events.Images(name)
+    assert events.Tags()["images"] == ["eval/picture"]
+    (event,) = events.Images("eval/picture")
     picture = np.array(Image.open(io.BytesIO(event.encoded_image_string)))
-    assert len(name.removeprefix("eval/").split("_")) == columns
     assert picture.shape[:2] == (2 * 84, columns * 84)  # one sample of each game is held out
     frames = picture[..., 0].reshape(2, 6, 14, columns, 6, 14)
     assert np.ptp(frames[:, :, :, 0]) > 50  # not a blank
@@ -115,48 +152,193 @@ def test_pictures(objective, columns, alone):
     assert (frames[:, :, :, -2] == frames[:, :, :, -3])[seen].all()  # the others are as they were
 
 
+# === interrupted ======================================================================================================
+FAST = (*QUICK, "--width-multiplier", 0.0625, "--batch-size", 4)
+EXACT = (*FAST, "--precision", "fp32", "--total-steps", 6, "--eval-every", 3, "--save-every", 2)
+
+
+class Killed(BaseException):
+    """What ends a run at once."""
+
+
+def interrupt(module, monkeypatch, step: int, how) -> None:
+    """Calls `how` as that step begins."""
+    multiplier = module.lr_multiplier
+
+    def lr_multiplier(now: int, total_steps: int) -> float:
+        if now == step:
+            how()
+        return multiplier(now, total_steps)
+
+    monkeypatch.setattr(module, "lr_multiplier", lr_multiplier)
+
+
+def die() -> None:
+    raise Killed
+
+
 @pytest.mark.parametrize("script", PRETRAINING)
-def test_killed_and_resumed_equals_left_alone(script, tmp_path):
-    args = (*QUICK, "--precision", "fp32", "--total-steps", 40, "--eval-every", 20, "--save-every", 10)
-    run(script, *args, "--run-name", "alone", cwd=tmp_path)
+def test_interrupted_and_resumed_equals_left_alone(script, played, tmp_path, monkeypatch):
+    """Bit by bit: killed at a step (back to the last checkpoint), then stopped by SIGTERM, each time resumed."""
+    args = (*EXACT, "--cache-dir", played)
+    train(script, *args, "--run-name", "alone", cwd=tmp_path)
+    run_dir = tmp_path / "runs" / "cut"
+    with monkeypatch.context() as patch:
+        interrupt(load(script), patch, 3, die)
+        with pytest.raises(Killed):
+            train(script, *args, "--run-name", "cut", cwd=tmp_path)
+    assert checkpoint(run_dir)["step"] == 2
+    with monkeypatch.context() as patch:
+        interrupt(load(script), patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit, match=r"^Stopped by a signal\. To go on: --resume$"):
+            train(script, *args, "--run-name", "cut", "--resume", "--num-workers", 1, cwd=tmp_path)
+    assert checkpoint(run_dir)["step"] == 5  # the step is done
+    train(script, *args, "--run-name", "cut", "--resume", "--num-workers", 4, cwd=tmp_path)
+    assert_same_run(run_dir, tmp_path / "runs" / "alone")
+    assert list(scalars(run_dir)["losses/loss"]) == [*range(1, 7)]
+
+
+def test_resume_in_bf16_is_exact(played, tmp_path, monkeypatch):
+    args = (*EXACT, "--precision", "bf16", "--cache-dir", played)
+    train("pretrain_atc.py", *args, "--run-name", "alone", cwd=tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(load("pretrain_atc.py"), patch, 4, die)
+        with pytest.raises(Killed):
+            train("pretrain_atc.py", *args, "--run-name", "cut", cwd=tmp_path)
+    train("pretrain_atc.py", *args, "--run-name", "cut", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "runs" / "cut", tmp_path / "runs" / "alone")
+
+
+@pytest.mark.parametrize("script", ["pretrain_atc.py", pytest.param("pretrain_dt.py", marks=pytest.mark.slow)])
+def test_sigkill_and_resume(script, played, tmp_path):
+    """A real process and a real SIGKILL, after the first checkpoint."""
+    args = (*QUICK, "--precision", "fp32", "--total-steps", 30, "--save-every", 10, "--cache-dir", played)
+    train(script, *args, "--run-name", "alone", cwd=tmp_path, games=DQN_REPLAY_GAMES)
     killed = tmp_path / "runs" / "killed"
     process = start(script, *args, "--run-name", "killed", cwd=tmp_path)
     wait_for((killed / "checkpoint.pt").exists, process)
-    time.sleep(0.1)
     process.kill()
     process.wait()
-    assert 0 < checkpoint(killed)["step"] < 40
-    run(script, *args, "--run-name", "killed", "--resume", cwd=tmp_path)
+    assert 0 < checkpoint(killed)["step"] < 30
+    train(script, *args, "--run-name", "killed", "--resume", cwd=tmp_path, games=DQN_REPLAY_GAMES)
+    assert_same_run(killed, tmp_path / "runs" / "alone")
 
-    a, b = checkpoint(tmp_path / "runs" / "alone"), checkpoint(killed)
-    assert (a["args"].pop("run_name"), b["args"].pop("run_name")) == ("alone", "killed")
-    assert b["args"].pop("resume") and not a["args"].pop("resume")
-    assert_equal(a, b)
-    alone, killed = scalars(tmp_path / "runs" / "alone"), scalars(killed)
-    assert len(alone["losses/loss"]) == 40
-    for name in ("losses/loss", "losses/grad_norm", "eval/loss"):
-        assert alone[name] == killed[name]
+
+LONG = (*QUICK, "--total-steps", 1_000_000, "--save-every", 1_000_000)
+
+
+def handles_sigterm(process: subprocess.Popen) -> bool:
+    """Whether it has a handler of its own for SIGTERM: from its first step on, until it is told to stop."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends(number, played, tmp_path):
+    """As a scheduler sends it, to all processes of the job. There is one: no workers, no shared memory, no sockets."""
+    long = tmp_path / ("temporary" * 12)  # no socket could have such a name
+    long.mkdir()
+    options = dict(cwd=tmp_path, start_new_session=True, env=environment(TMPDIR=str(long)))
+    process = start("pretrain_atc.py", *LONG, "--cache-dir", played, **options)
+    run_dir = tmp_path / "runs" / "pretrain_atc__0"
+    wait_for(lambda: handles_sigterm(process), process)
+    time.sleep(1)
+    assert "/dev/shm" not in Path(f"/proc/{process.pid}/maps").read_text()
+    assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    assert not [*long.iterdir()]
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
+    assert output.rstrip().endswith("Stopped by a signal. To go on: --resume")
+    step = checkpoint(run_dir)["step"]
+    assert step > 0 and f"checkpoint.pt: {step} of 1000000 steps done" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(number, played, tmp_path):
+    """Though the first step, of a wide network, takes seconds: nothing is saved."""
+    wide = ("--width-multiplier", 1, "--precision", "fp32", "--batch-size", 128, "--cache-dir", played)
+    process = start("pretrain_bc.py", *LONG, *wide, cwd=tmp_path)
+    wait_for(lambda: handles_sigterm(process), process)
+    end = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < end:
+        process.send_signal(number)
+        time.sleep(0.2)
+    process.stdout.close()
+    assert process.wait(1) == -number  # not by the end of the step, which the first one would wait for
+    assert not (tmp_path / "runs" / "pretrain_bc__0" / "checkpoint.pt").exists()
+
+
+def test_signal_to_one_of_two_processes_stops_both(played, tmp_path):
+    command = [*TORCHRUN, str(ROOT / "pretrain_atc.py"), *map(str, LONG), "--cache-dir", str(played)]
+    options = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=tmp_path, **options)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: [*tmp_path.glob("runs/*/events*")], process)
+    wait_for(lambda: scalars(tmp_path / "runs" / "pretrain_atc__0"), process)  # it trains
+    os.kill(int(children.read_text().split()[-1]), signal.SIGTERM)
+    output = process.communicate(timeout=300)[0].decode()
+    assert "Stopped by a signal. To go on: --resume" in output, output[-3000:]
+    assert checkpoint(tmp_path / "runs" / "pretrain_atc__0")["step"] > 0
+
+
+# === on two processes =================================================================================================
+DRIVER = """
+import sys
+import torch.distributed as dist
+from conftest import GAMES, load
+init = dist.init_process_group
+# Once for all scripts.
+dist.init_process_group = lambda *backend, **options: dist.is_initialized() or init(*backend, **options)
+dist.destroy_process_group = lambda: None
+for script in sys.argv[1].split(","):
+    module = load(script)
+    assert module.WORLD_SIZE == 2
+    module.DQN_REPLAY_GAMES = sorted(GAMES)
+    module.train(module.tyro.cli(module.Args, args=sys.argv[2:]))
+"""
+TOGETHER = (*QUICK, "--precision", "fp32", "--total-steps", 1, "--max-grad-norm", "inf", "--cache-dir")
+
+
+@pytest.fixture(scope="session")
+def two(played, tmp_path_factory) -> Path:
+    """A folder with a run of each script on two processes, of one step; made once for all of pytest's workers."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "two"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log", "a+") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            (folder / "driver.py").write_text(DRIVER)
+            command = [
+                *TORCHRUN,
+                "driver.py",
+                ",".join(PRETRAINING),
+                "--device",
+                "cpu",
+                *map(str, TOGETHER),
+                str(played),
+            ]
+            env = environment(PYTHONPATH=str(ROOT / "tests"))
+            code = subprocess.run(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+            assert code == 0, (folder / "log").read_text()[-5000:]
+            (folder / "done").touch()
+    return folder / "runs"
 
 
 @pytest.mark.parametrize("script", PRETRAINING)
-def test_two_processes_equal_one(script, tmp_path):
+def test_two_processes_equal_one(script, played, two, tmp_path):
     """Same losses, metrics and gradients (Adam's first mean is a tenth of the first gradient) from the same batch."""
-    args = [*map(str, QUICK), "--precision", "fp32", "--total-steps", "1", "--max-grad-norm", "inf"]
-    run(script, *args, "--run-name", "one", cwd=tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / script), *args, "--run-name", "two"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-    one, two = scalars(tmp_path / "runs" / "one"), scalars(tmp_path / "runs" / "two")
+    train(script, *TOGETHER, played, cwd=tmp_path)
+    one_dir, two_dir = (runs / f"{script.removesuffix('.py')}__0" for runs in (tmp_path / "runs", two))
+    one, two = scalars(one_dir), scalars(two_dir)
     same = [name for name in one if name.startswith(("losses/", "eval/"))]
     assert len(same) >= 3
     for name in same:  # torch's norm of millions of float32 on a CPU depends on the number of threads: 1e-3
         # Adam's first step is one of full length for every parameter, however near to 0 its gradient: evaluation shows.
         tolerance = 1e-4 if name.startswith("losses/") and name != "losses/grad_norm" else 1e-3
         assert two[name][1] == pytest.approx(one[name][1], rel=tolerance, abs=1e-6), name
-    one, two = checkpoint(tmp_path / "runs" / "one"), checkpoint(tmp_path / "runs" / "two")
-    assert_equal(one.get("action_loss"), two.get("action_loss"))  # what was counted of all processes' samples, as is
+    one, two = checkpoint(one_dir), checkpoint(two_dir)
     assert_equal(one["neck"].pop("largest_return", None), two["neck"].pop("largest_return", None))  # DT's
     names = [f"{part}.{name}" for part in ("backbone", "neck", "head") for name in one[part]]
     states = [content["optimizer"]["state"] for content in (one, two)]
@@ -169,149 +351,248 @@ def test_two_processes_equal_one(script, tmp_path):
         assert (gradient - other).norm() <= tolerance * gradient.norm(), name
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+# === numbers that are none, other norms ===============================================================================
+@pytest.mark.parametrize("script", ["pretrain_atc.py", "pretrain_cql.py"])
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(script, played, tmp_path):
     """An absurd learning rate: the first step is finite and saved, the next one's loss is not."""
-    args = (*QUICK, "--total-steps", 20, "--save-every", 1, "--learning-rate", 1e20, "--precision", "fp32")
-    done = run("pretrain_atc.py", *args, cwd=tmp_path, code=1)
-    assert "Stopped at step" in done.stderr and "nan" in done.stderr
-    content = checkpoint(tmp_path / "runs" / "pretrain_atc__0")
-    step = int(done.stderr.split("Stopped at step ")[1].split(":")[0])
-    assert content["step"] == step - 1  # the checkpoint is of just before the bad step
+    args = (*FAST, "--total-steps", 20, "--save-every", 1, "--learning-rate", 1e20, "--precision", "fp32")
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: .*nan.*Last good: runs/\w+/checkpoint.pt") as end:
+        train(script, *args, "--cache-dir", played, cwd=tmp_path)
+    content = checkpoint(tmp_path / "runs" / f"{script.removesuffix('.py')}__0")
+    assert content["step"] == int(re.search(r"step (\d+)", end.value.code)[1]) - 1  # of just before the bad step
     assert all(x.isfinite().all() for part in ("backbone", "neck", "head") for x in content[part].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_ends(number, tmp_path):
-    args = (*QUICK, "--total-steps", 100_000, "--save-every", 100_000)
-    process = start("pretrain_atc.py", *args, cwd=tmp_path)
-    run_dir = tmp_path / "runs" / "pretrain_atc__0"
-    wait_for(lambda: list(run_dir.glob("events*")), process)
-    time.sleep(1)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 1 and "To go on: --resume" in output and "Traceback" not in output, output[-3000:]
-    step = checkpoint(run_dir)["step"]
-    assert f"after step {step}" in output
-
-
-def test_signal_to_all_processes_of_a_job(tmp_path):
-    """As a scheduler sends it, to the workers too."""
-    args = (*QUICK, "--total-steps", 100_000, "--num-workers", 2)
-    process = start("pretrain_atc.py", *args, cwd=tmp_path, start_new_session=True)
-    run_dir = tmp_path / "runs" / "pretrain_atc__0"
-    wait_for(lambda: list(run_dir.glob("events*")), process)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0].decode()
-    assert "To go on: --resume" in output and "Traceback" not in output, output[-3000:]
-    assert checkpoint(run_dir)["step"] > 0
-
-
-def test_signal_to_one_of_two_processes_stops_both(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "pretrain_atc.py"), *map(str, QUICK), "--total-steps", "100000"]
-    environ = environment(OMP_NUM_THREADS="1")
-    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    run_dir = tmp_path / "runs" / "pretrain_atc__0"
-    wait_for(lambda: list(run_dir.glob("events*")), process)
-    time.sleep(3)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
-    output = process.communicate(timeout=60)[0].decode()
-    assert "To go on: --resume" in output, output[-3000:]
-    assert checkpoint(run_dir)["step"] > 0
-
-
-def test_resuming_on_other_data_is_refused(cache, tmp_path):
-    """A forgotten --data-dir does not go on with random play."""
-    data = ("--data-dir", cache / "played_1000", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
-    run("pretrain_atc.py", *QUICK, *data, "--total-steps", 2, cwd=tmp_path)
-    options = ("--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
-    done = run("pretrain_atc.py", *QUICK, *options, "--total-steps", 2, "--resume", cwd=tmp_path, code=1)
-    assert "was trained with {'samples': " in done.stderr
-
-
-def test_an_existing_run_is_kept(tmp_path):
-    args = (*QUICK, "--total-steps", 2)
-    run("pretrain_atc.py", *args, cwd=tmp_path)
+def test_nan_weight_in_a_checkpoint_to_go_on_from(played, tmp_path):
+    """The run stops at the next step, and no other checkpoint is written."""
+    args = (*EXACT, "--cache-dir", played)
+    train("pretrain_atc.py", *args, cwd=tmp_path)
     path = tmp_path / "runs" / "pretrain_atc__0" / "checkpoint.pt"
+    content = checkpoint(path.parent) | {"step": 4}
+    content["backbone"]["layer1.0.conv1.weight"].view(-1)[3] = math.nan
+    torch.save(content, path)
     before = path.read_bytes()
-    done = run("pretrain_atc.py", *args, cwd=tmp_path, code=1)
-    assert "runs/pretrain_atc__0 exists" in done.stderr and "--resume" in done.stderr
-    done = run("pretrain_atc.py", *args, "--resume", "--learning-rate", 1, cwd=tmp_path, code=1)
-    assert "'learning_rate': 0.0003" in done.stderr
+    with pytest.raises(SystemExit, match="not finite at step 5"):
+        train("pretrain_atc.py", *args, "--resume", cwd=tmp_path)
     assert path.read_bytes() == before
-    run("pretrain_atc.py", *args, "--resume", cwd=tmp_path)  # complete already: nothing is trained
-    assert_equal(torch.load(path, weights_only=True)["backbone"], checkpoint(path.parent)["backbone"])
-    assert checkpoint(path.parent)["step"] == 2
-    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--overwrite", cwd=tmp_path)
-    assert checkpoint(path.parent)["step"] == 1
-    path.write_bytes(before[:1000])
-    done = run("pretrain_atc.py", *args, "--resume", cwd=tmp_path, code=1)
-    assert str(Path("runs/pretrain_atc__0/checkpoint.pt")) in done.stderr and "--overwrite" in done.stderr
-    for bad in (("--data-dir", "nowhere"), ("--batch-size", 5000), ("--temperature", 0), ("--resume",)):
-        run("pretrain_atc.py", *args, "--overwrite", *bad, cwd=tmp_path, code=1)
-        assert path.read_bytes() == before[:1000]  # nothing is deleted for a run that cannot begin
-
-    path.parent.rename(tmp_path / "disk")
-    path.parent.symlink_to(tmp_path / "disk")
-    run("pretrain_atc.py", *args, "--overwrite", cwd=tmp_path)
-    assert checkpoint(path.parent)["step"] == 2 and [*scalars(path.parent)["losses/loss"]] == [1, 2]
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    run("pretrain_atc.py", *QUICK, "--total-steps", 1, cwd=tmp_path)
-    path = tmp_path / "runs" / "pretrain_atc__0" / "checkpoint.pt"
-    torch.save(checkpoint(path.parent) | {"extra": Bomb()}, path)
-    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--resume", cwd=tmp_path, code=1)
-    assert not (tmp_path / "exploded").exists()
+def test_batch_norm_is_evaluated_in_evaluation_mode(played, tmp_path, monkeypatch):
+    """With BatchNorm in place of Norm: running statistics are used; training mode comes back; resume is exact."""
+    bc = load("pretrain_bc.py")
+    monkeypatch.setattr(bc, "Norm", nn.BatchNorm2d)
+    monkeypatch.setattr(bc, "DQN_REPLAY_GAMES", sorted(GAMES))
+    modes, forward = [], bc.Objective.forward
+
+    def spied(self, batch):
+        modes.append((self.training, self.backbone.bn1.training, torch.is_grad_enabled()))
+        return forward(self, batch)
+
+    monkeypatch.setattr(bc.Objective, "forward", spied)
+    args = (*FAST, "--precision", "fp32", "--total-steps", 6, "--eval-every", 3, "--save-every", 3)
+    train("pretrain_bc.py", *args, "--cache-dir", played, "--run-name", "alone", cwd=tmp_path)
+    assert modes == 2 * [*[(True,) * 3] * 3, (False,) * 3]  # 2 held-out samples are one batch
+    run_dir = tmp_path / "runs" / "alone"
+    content, logged = checkpoint(run_dir), scalars(run_dir)["eval/loss"][6]
+
+    parsed = bc.Args(width_multiplier=0.0625, blocks=(1, 1, 1, 1), cache_dir=played, play_rows=100)
+    shards, _ = bc.prepare(parsed, ["pong", "freeway"], 1)
+    objective = bc.Objective(parsed).to(memory_format=torch.channels_last)
+    for name, part in objective.named_children():
+        part.load_state_dict(content[name])
+    losses = {}
+    for mode in (True, False):
+        objective.train(mode)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            data = bc.Windows(shards, objective.length, 4, 0, "held_out")
+            losses[mode] = objective(bc.unpack(*data.batch(0), "cpu"))[0].item()
+    assert logged == pytest.approx(losses[False], rel=1e-5) != pytest.approx(losses[True], rel=1e-2)
+
+    with monkeypatch.context() as patch:
+        interrupt(bc, patch, 4, die)
+        with pytest.raises(Killed):
+            train("pretrain_bc.py", *args, "--cache-dir", played, "--run-name", "cut", cwd=tmp_path)
+    train("pretrain_bc.py", *args, "--cache-dir", played, "--run-name", "cut", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "runs" / "cut", run_dir)
+
+
+# === runs that exist, and what may not change =========================================================================
+def test_an_existing_run_is_kept(played, tmp_path):
+    args = (*FAST, "--total-steps", 2, "--cache-dir", played)
+    train("pretrain_atc.py", *args, cwd=tmp_path)
+    run_dir = tmp_path / "runs" / "pretrain_atc__0"
+    path = run_dir / "checkpoint.pt"
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"^runs/pretrain_atc__0 exists. Choose --resume to continue it, --overwrite"):
+        train("pretrain_atc.py", *args, cwd=tmp_path)
+    with pytest.raises(SystemExit, match=r"^runs/pretrain_atc__0 exists"):
+        train("pretrain_atc.py", *args, "--resume", "--overwrite", cwd=tmp_path)
+    assert path.read_bytes() == before
+    train("pretrain_atc.py", *args, "--resume", cwd=tmp_path)  # complete already: nothing is trained
+    assert path.read_bytes() == before and [*scalars(run_dir)["losses/loss"]] == [1, 2]
+    for bad in (("--data-dir", "nowhere"), ("--batch-size", 5000), ("--games", "pongg"), ("--blocks", 0, 1, 1, 1)):
+        with pytest.raises(SystemExit):
+            train("pretrain_atc.py", *args, "--overwrite", *bad, cwd=tmp_path)
+        assert path.read_bytes() == before and [*run_dir.glob("events*")]  # nothing goes for a run that cannot begin
+    train("pretrain_atc.py", *args, "--total-steps", 1, "--overwrite", cwd=tmp_path)
+    assert checkpoint(run_dir)["step"] == 1 and [*scalars(run_dir)["losses/loss"]] == [1]
+    train("pretrain_atc.py", *args, "--resume", "--run-name", "new", cwd=tmp_path)  # nothing is there: it begins
+    assert checkpoint(tmp_path / "runs" / "new")["step"] == 2
+
+    run_dir.rename(tmp_path / "disk")  # a run's folder may be a link
+    run_dir.symlink_to(tmp_path / "disk")
+    train("pretrain_atc.py", *args, "--overwrite", cwd=tmp_path)
+    assert checkpoint(run_dir)["step"] == 2 and [*scalars(run_dir)["losses/loss"]] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("changed", "message"),
     [
-        (["--no-such-flag"], 2, "no-such-flag"),
-        (["--batch-size", "many"], 2, "batch-size"),
-        (["--batch-size", "0"], 1, "--batch-size must be at least 1"),
-        (["--blocks", "1", "0", "1", "1"], 1, "--blocks"),
-        (["--learning-rate", "nan"], 1, "--learning-rate must be at least 0"),
-        (["--betas", "1.5", "0.9"], 1, "--betas"),
-        (["--device", "nonsense"], 1, "nonsense cannot be used"),
-        (["--device", "cuda"], 1, "cuda cannot be used"),
-        (["--run-name", ".."], 1, "--run-name"),
-        (["--run-name", "../elsewhere", "--overwrite"], 1, "--run-name"),
-        (["--runs", "--data-dir", "."], 1, "--runs"),
-        (["--cache-dir", "/dev/null"], 1, "cannot be written"),
-        (["--games", "pongg"], 1, "Unknown game 'pongg'"),
-        (["--batch-size", "5000"], 1, "lower --batch-size"),
-        (["--games", "klax", "pong"], 1, "--games klax: far-OOD games"),
-        (["--data-dir", "nowhere"], 1, "nowhere/Pong"),
+        (["--learning-rate", 1], "{'learning_rate': 0.0003}"),
+        (["--total-steps", 9], "{'total_steps': 2}"),
+        (["--games", "freeway", "pong"], "{'games': ['pong', 'freeway']}"),
+        (["--seed", 1, "--run-name", "pretrain_atc__0"], "{'seed': 0}"),
+        (["--precision", "bf16"], "{'precision': 'auto'}"),
+        (["--play-rows", 150], "{'play_rows': 100, 'samples': "),
+        (["--save-every", 1, "--num-workers", 2, "--log-every", 5, "--eval-every", 1, "--cache-dir", "other"], None),
     ],
 )
-def test_bad_arguments(args, code, message, tmp_path):
-    done = run("pretrain_atc.py", *QUICK, "--total-steps", 1, *args, cwd=tmp_path, code=code)
-    assert message in done.stderr + done.stdout
-    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+def test_arguments_of_a_resumed_run(changed, message, played, trained, tmp_path):
+    """Those that change what is learned must stay; the others may change."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    args = ("pretrain_atc.py", *FAST, "--total-steps", 2, "--cache-dir", played, "--resume", *changed)
+    if message is None:
+        train(*args, cwd=tmp_path)
+        return
+    with pytest.raises(SystemExit) as end:
+        train(*args, cwd=tmp_path)
+    assert f"checkpoint.pt was trained with {message}" in end.value.code
+
+
+@pytest.fixture(scope="session")
+def trained(played, tmp_path_factory) -> Path:
+    """The folder of a finished pre-training of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    train("pretrain_atc.py", *FAST, "--total-steps", 2, "--cache-dir", played, cwd=folder)
+    return folder
+
+
+def test_resuming_on_other_data_is_refused(replay, played, tmp_path):
+    """A forgotten --data-dir does not go on with random play, nor does other data with the same number of rows."""
+    files = ("--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 100, "--cache-dir", played)
+    args = ("pretrain_atc.py", *FAST, *files, "--total-steps", 2)
+    train(*args, "--data-dir", replay, cwd=tmp_path)
+    with pytest.raises(SystemExit, match=r"was trained with .*'data': 'dqn_replay'"):
+        train(*args, "--resume", cwd=tmp_path)
+    train(*args, "--data-dir", os.path.relpath(replay, tmp_path), "--resume", cwd=tmp_path)  # the same, in other words
+
+
+def test_a_checkpoint_cannot_run_code(played, trained, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "pretrain_atc__0" / "checkpoint.pt"
+    torch.save(checkpoint(path.parent) | {"extra": Bomb()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        train("pretrain_atc.py", *FAST, "--total-steps", 2, "--cache-dir", played, "--resume", cwd=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+# === what users get wrong =============================================================================================
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch-size", 0], "--batch-size must be at least 1."),
+        (["--total-steps", 0], "--total-steps must be at least 1."),
+        (["--num-workers", 0], "--num-workers must be at least 1."),
+        (["--blocks", 1, 0, 1, 1], "--width-multiplier must be a multiple of 1/16, and each of --blocks at least 1."),
+        (["--width-multiplier", 0.3], "--width-multiplier must be a multiple of 1/16"),
+        (["--width-multiplier", 0], "--width-multiplier must be a multiple of 1/16"),
+        (
+            ["--runs", "--data-dir", "."],
+            "There must be at least one of --runs, one of --checkpoints and one row to read of each.",
+        ),
+        (
+            ["--checkpoints", "--data-dir", "."],
+            "There must be at least one of --runs, one of --checkpoints and one row to read of each.",
+        ),
+        (["--games", "pong", "tetris"], "Unknown game 'tetris'. Choose from: breakout "),
+        (["--games", "klax", "pong"], "Unknown game 'klax'. Choose from: "),  # of far-OOD games nothing is learned
+        (["--batch-size", 5000], "use more rows or lower --batch-size."),
+        (["--play-rows", 4], "Too few train samples of"),
+        (["--data-dir", "nowhere"], "nowhere/Pong lacks files of run 1, checkpoint 1. Where to get them: docs/data.md"),
+    ],
+)
+def test_bad_arguments(args, message, tmp_path):
+    """One line that says what to do, before there is a run."""
+    with pytest.raises(SystemExit) as end:
+        train("pretrain_atc.py", *QUICK, "--total-steps", 1, *args, cwd=tmp_path)
+    assert message in end.value.code and "\n" not in end.value.code
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script", PRETRAINING)
-def test_bad_input_of_every_script(script, cache, tmp_path):
-    """A wrong flag, an unknown game and a damaged file each end in a line that names it, before anything is made."""
-    shutil.copytree(cache / "played_1000" / "Pong", tmp_path / "data" / "Pong")
+def test_bad_input_of_every_script(script, replay, tmp_path):
+    """An unknown game, a damaged replay file and a batch that is too large each end in a line that names it."""
+    shutil.copytree(replay / "Pong", tmp_path / "data" / "Pong")
     (damaged,) = (tmp_path / "data").rglob("*observation*.gz")
     damaged.write_bytes(damaged.read_bytes()[:5000])
-    data = ("--data-dir", tmp_path / "data", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
-    for args, code, message in [
-        (["--no-such-flag"], 2, "no-such-flag"),
-        (["--games", "pongg"], 1, "Unknown game 'pongg'"),
-        (["--games", "pong", *data], 1, f"{damaged} cannot be used"),
+    data = ("--data-dir", "data", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 150)
+    for args, message in [
+        (["--games", "pongg"], "Unknown game 'pongg'"),
+        (["--games", "othello"], "Unknown game 'othello'"),
+        (["--games", "pong", *data], f"{damaged.relative_to(tmp_path)} cannot be read"),
+        (["--batch-size", 5000], "lower --batch-size"),
     ]:
-        done = run(script, *QUICK, "--total-steps", 1, *args, cwd=tmp_path, code=code)
-        assert message in done.stderr + done.stdout
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            train(script, *QUICK, "--total-steps", 1, *args, cwd=tmp_path)
         assert not (tmp_path / "runs").exists()
 
 
-def test_game_names(tmp_path):
+def test_bad_flags_as_a_user_meets_them(tmp_path):
+    """By the command line: exit codes, one line, no traceback."""
+    done = run("pretrain_atc.py", "--no-such-flag", cwd=tmp_path, code=2)
+    assert "no-such-flag" in done.stderr + done.stdout
+    done = run("pretrain_atc.py", *QUICK, "--games", "pongg", cwd=tmp_path, code=1)
+    assert done.stderr.startswith("Unknown game 'pongg'. Choose from: ") and done.stderr.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_batch_that_processes_cannot_share(monkeypatch, tmp_path):
+    monkeypatch.setattr(load("pretrain_atc.py"), "WORLD_SIZE", 3)
+    with pytest.raises(SystemExit, match=r"--batch-size 8 is not a multiple of 3 processes\."):
+        train("pretrain_atc.py", *QUICK, "--total-steps", 1, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "abc"), ("RANK", "1"), ("WORLD_SIZE", "2"), ("WORLD_SIZE", "x")])
+def test_variables_of_another_launcher(name, value, monkeypatch, tmp_path):
+    """Nobody trains the same thing several times, or a part of it, unnoticed: a line names the variable."""
+    monkeypatch.setenv(name, value)
+    message = f"{name} is '{value}', but not set by torchrun. Use torchrun, or unset {name}."
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        train("pretrain_atc.py", *QUICK, "--total-steps", 1, cwd=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_harmless_variables_of_another_launcher(monkeypatch, played, tmp_path):
+    """A single task of it is a single process; --help works whatever they are."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "abc", "MASTER_ADDR": "nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    train("pretrain_atc.py", *FAST, "--total-steps", 1, "--cache-dir", played, cwd=tmp_path)
+    done = run("pretrain_atc.py", "--help", cwd=tmp_path, RANK="abc", WORLD_SIZE="many", LOCAL_RANK="-1")
+    assert "--future-offset" in done.stdout and "augmented temporal contrast" in done.stdout
+
+
+def test_too_few_open_files(tmp_path):
+    """`ulimit -n` too low for the shards: a line, instead of a run that hangs."""
+    command = f"ulimit -n 64; exec {sys.executable} {ROOT / 'pretrain_atc.py'} {' '.join(map(str, QUICK))}"
+    options = dict(cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(["bash", "-c", command], **options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.rstrip().endswith("2 shards are too many for 64 open files: raise `ulimit -Hn`.")
+
+
+def test_game_names(played, tmp_path):
     """ALE's and the data set's spelling are the same game."""
-    run("pretrain_atc.py", *QUICK, "--total-steps", 1, "--games", "MsPacman", "up_n_down", "UpNDown", cwd=tmp_path)
-    assert checkpoint(tmp_path / "runs" / "pretrain_atc__0")["games"] == ["ms_pacman", "up_n_down"]
+    names = ("--games", "Pong", "freeway", "FREEWAY")
+    train("pretrain_atc.py", *FAST, "--total-steps", 1, "--cache-dir", played, *names, cwd=tmp_path)
+    assert checkpoint(tmp_path / "runs" / "pretrain_atc__0")["games"] == ["pong", "freeway"]

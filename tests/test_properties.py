@@ -255,7 +255,7 @@ class Row(NamedTuple):
     frame: np.ndarray
     action: int
     reward: float
-    starts: bool
+    is_first: bool
     ends: bool
     terminal: bool
 
@@ -357,15 +357,15 @@ def test_samples_are_the_n_steps_that_were_played(play):
     with tempfile.TemporaryDirectory() as folder:
         for now in moments(play, folder):
             slots, _, batch = now.replay.sample(8, np.random.default_rng(len(now.played)))
-            stacks = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["starts"]))
-            frames, starts = [row.frame for row in now.played], [row.starts for row in now.played]
+            stacks = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"]))
+            frames, is_first = [row.frame for row in now.played], [row.is_first for row in now.played]
             for j, i in enumerate(now.rows_of(slots)):
                 value, done, later = future(now.played, i, now.args.n_steps, now.args.discount)
                 assert batch["action"][j] == now.played[i].action
                 assert batch["done"][j] == done
                 assert batch["n_step_return"][j] == pytest.approx(value, rel=1e-6, abs=1e-6)
-                np.testing.assert_array_equal(stacks[j, 0], plain_stack(frames, starts, i))
-                np.testing.assert_array_equal(stacks[8 + j, 0], plain_stack(frames, starts, later))
+                np.testing.assert_array_equal(stacks[j, 0], plain_stack(frames, is_first, i))
+                np.testing.assert_array_equal(stacks[8 + j, 0], plain_stack(frames, is_first, later))
 
 
 @examples(100)
