@@ -311,10 +311,10 @@ def measure(x: torch.Tensor, samples, args: Args) -> dict[str, dict[str, float]]
 
 def without_features(samples) -> dict[str, dict[str, float]]:
     """Accuracy of each game's commonest action in training, balanced accuracy of a constant sign"""
-    count = 18 * samples.game + samples.action  # [n], an action of a game
-    commonest = count[samples.train].bincount(minlength=18 * 60).view(60, 18).argmax(1)[samples.game]  # [n]
+    kind = 18 * samples.game + samples.action  # [n], an action of a game
+    commonest = kind[samples.train].bincount(minlength=18 * 60).view(60, 18).argmax(1)[samples.game]  # [n]
     accuracy = (commonest == samples.action)[samples.test].float().mean().item()
-    kind = samples.kind[samples.test].cpu().numpy()
+    kind = samples.kind[samples.test].cpu().numpy()  # [test], a sign of a game
     balanced = balanced_accuracy(kind % 3 == 1, kind)
     return {"action": {"value": accuracy}, "reward": {} if math.isnan(balanced) else {"value": balanced}}
 

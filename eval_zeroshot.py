@@ -431,7 +431,7 @@ def evaluate(args: Args) -> None:
         content = content if "args" in content else from_authors(content, args.checkpoint)
         policy = Policy(content).to(device).eval()
     except (KeyError, RuntimeError) as error:
-        raise SystemExit(f"{args.checkpoint} holds no policy as pretrain_bc, _dt or _cql learn it.") from error
+        raise SystemExit(f"{args.checkpoint} holds no policy. BC, DT and CQL learn one.") from error
     for game in [parse_game(name, content["games"]) for name in args.games] or content["games"]:
         result, plain_args = find_result(args, "zeroshot", args.method or content["objective"], game, facts)
         if result.exists() and not args.overwrite:
