@@ -86,7 +86,7 @@ test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
 
 bench: $(VENV)/installed-dev
-	for part in prepare load step play rainbow iqm scale; do \
+	for part in prepare load step rainbow iqm scale download; do \
 	  $(RUN) benchmarks/$$part.py 2> benchmarks/$$part.log || { tail benchmarks/$$part.log; exit 1; }; \
 	done
 
