@@ -33,7 +33,6 @@ import signal
 import time
 import zlib
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,8 +83,6 @@ class Args:
     importance_exponent: float = 0.4  # beta of prioritised replay at the first update, annealed to 1 at the last
     exploration_steps: int = 10_000  # agent steps after learning_starts over which epsilon falls linearly from 1
     exploration_final: float = 0.01  # epsilon after that: the probability of a random action
-    dueling: bool = False  # dueling network (1511.06581): the head has an advantage and a value stream
-    noisy: bool = False  # noisy network (1706.10295): noise in the weights of the head explores instead of epsilon
 
     encoder: Literal["resnet", "nature"] = "resnet"  # f: the ResNet-50, or DQN's small network, trained from scratch
     width_multiplier: float = 1.0  # scales the ResNet's channels; as in pre-training
@@ -232,46 +229,23 @@ class Nature(nn.Sequential):
         super().__init__(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
 
 
-class NoisyLinear(nn.Linear):
-    """A linear layer with weights mu + sigma * e_out e_in^T, e noise (1706.10295, eq. 9-11); mu in evaluation mode"""
-
-    def __init__(self, features: int, outputs: int):
-        super().__init__(features, outputs)  # mu
-        self.weight_sigma = nn.Parameter(torch.full_like(self.weight, 0.5 * features**-0.5))
-        self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.5 * features**-0.5))
-
-    def forward(self, x: torch.Tensor, *_) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
-        e_out, e_in = (torch.randn(n, device=x.device) for n in self.weight.shape)
-        e_out, e_in = (e.sign() * e.abs().sqrt() for e in (e_out, e_in))
-        weight = self.weight + self.weight_sigma * e_out[:, None] * e_in
-        return F.linear(x, weight, self.bias + self.bias_sigma * e_out)
-
-
 class Network(nn.Module):
     """f, g and h. forward applies g and h to f's maps -> logits of the return's atoms [b, actions, atoms]"""
 
     def __init__(self, args: Args, backbone: nn.Module, actions: int):
         super().__init__()
-        self.dueling, self.shape = args.dueling, (actions + args.dueling, args.atoms)
-        self.backbone = backbone  # f
-        linear = NoisyLinear if args.noisy else nn.Linear
+        self.backbone, self.shape = backbone, (actions, args.atoms)
         if args.encoder == "nature":
-            self.neck = nn.Sequential(nn.Flatten(), linear(64 * 7 * 7, 512), nn.ReLU())  # g
+            self.neck = nn.Sequential(nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU())
+            self.head = nn.Linear(512, actions * args.atoms)
         else:
             self.neck = Neck(backbone.channels, games=1)
-            linear = NoisyLinear if args.noisy else partial(GameLinear, 1)
-        self.head = linear(512, math.prod(self.shape))  # h
+            self.head = GameLinear(1, 512, actions * args.atoms)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)
-        x = self.neck(maps.float(), game_id) if isinstance(self.neck, Neck) else self.neck(maps.float())  # [b, 512]
-        x = self.head(x, game_id) if isinstance(self.head, GameLinear) else self.head(x)
-        logits = x.unflatten(1, self.shape)
-        if self.dueling:  # the first row is the value, the others are advantages (1511.06581, equation 9)
-            logits = logits[:, :1] + logits[:, 1:] - logits[:, 1:].mean(1, keepdim=True)
-        return logits
+        game_id = [game_id] if isinstance(self.neck, Neck) else []  # the Nature network has no layers for each game
+        return self.head(self.neck(maps.float(), *game_id), *game_id).unflatten(1, self.shape)
 
 
 # === distributional returns [shared] ==================================================================================
@@ -770,8 +744,6 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
         rng = np.random.default_rng([args.seed, step, 1])
         exploration = [args.learning_starts, args.learning_starts + max(args.exploration_steps, 1)]
         epsilon = np.interp(step, exploration, [1, args.exploration_final])
-        if args.noisy and step >= args.learning_starts:
-            epsilon = 0.0
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))
         else:
