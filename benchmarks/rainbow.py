@@ -1,17 +1,16 @@
-"""Speed and memory of finetune_rainbow.py against the plain way of doing the same, on the same machine in the same run.
+"""Speed of finetune_rainbow.py against the plain way of doing the same, in turns on the same machine.
 
-    python benchmarks/rainbow.py                 all parts; appends the figures to benchmarks/rainbow.json
-    python benchmarks/rainbow.py resnet          updates/s on the frozen full ResNet-50, batch 32
-    python benchmarks/rainbow.py nature          agent steps/s with the Nature CNN
-    python benchmarks/rainbow.py replay          sampled batches/s and memory at 100,000 transitions
+    python benchmarks/rainbow.py            all parts; appends the figures to benchmarks/rainbow.json
+    python benchmarks/rainbow.py resnet     the frozen full ResNet-50; on CUDA one run alone, then six at once
+    python benchmarks/rainbow.py nature     the Nature CNN; on CUDA an update every fourth agent step
 
-Ours is the script itself in a subprocess, timed by its TensorBoard entries, here one for each step with an update. The
-plain way is below: everything in fp32, a pass through the backbone for each of the three uses of its output, the target
-distribution sample by sample, and a replay of the published single-file structure: each transition with both stacks,
-n-step returns put together as they are played, a binary sum tree of Python loops. Networks, augmentation, environment,
-allocator and all numbers are the same, an update for each agent step.
+Ours is the script itself, timed by its TensorBoard entries. The plain way is below: everything eager and in fp32, a
+pass through the backbone for each of three uses, the target distribution sample by sample, and a replay of the
+published single-file structure: each transition with both stacks, a sum tree of Python loops. Networks, augmentation,
+environment and all numbers are the same. Of several runs at once, the time counts in which all of them train.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -23,15 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ALLOCATOR, ROOT, ROUNDS, begin, load, median, record, shown, start, table, take_turns
+from common import ALLOCATOR, DEVICE, ROOT, begin, load, median, record, shown, table, take_turns
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SEED = 0
+ON_GPU = DEVICE.type == "cuda"
+ROUNDS = 2 if ON_GPU else 3
 NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "100"]
-SETTINGS = {  # arguments of the script; timed are the agent steps from the second number to the third
-    "resnet": (["--game", "pong", "--learning-starts", "20", "--updates-per-step", "1"], 21, 24),
-    "nature": ([*NATURE, "--updates-per-step", "1"], 105, 155),
+SETTINGS = {  # arguments; timed are the agent steps from the first number to the second, in steps of the third
+    "resnet": (["--game", "pong", "--learning-starts", "20", "--updates-per-step", "1"], 21, 24, 1),
+    "nature": ([*NATURE, "--updates-per-step", "1"], 110, 150, 10),
 }
+if ON_GPU:
+    SETTINGS["resnet"] = (["--game", "pong", "--learning-starts", "200", "--updates-per-step", "2"], 300, 1000, 50)
+    SETTINGS["nature"] = ([*NATURE, "--updates-per-step", "0.25"], 500, 5000, 100)
 
 
 # === the plain way ====================================================================================================
@@ -87,25 +90,21 @@ class PlainReplay:
         batch = self.obs[indices], self.actions[indices], self.rewards[indices]
         return indices, weights / weights.max(), (*batch, self.next_obs[indices], self.dones[indices])
 
-    def nbytes(self) -> int:
-        arrays = self.obs, self.next_obs, self.actions, self.rewards, self.dones, self.sums
-        return sum(array.nbytes for array in arrays)
 
-
-def plain(module, args, first: int, last: int) -> list[float]:
-    """Seconds at which the agent steps from `first` to `last` were done."""
-    torch.manual_seed(SEED)
+def plain(module, args, last: int, every: int) -> list:
+    """Agent steps, every so many, and the times at which they were done"""
+    torch.manual_seed(0)
     backbone = module.Nature() if args.encoder == "nature" else module.ResNet(args.width_multiplier, args.blocks)
-    env = module.Environment(args, args.game)
-    online = module.Network(args, backbone.requires_grad_(args.encoder == "nature"), env.num_actions)
+    env = module.Environment(args)
+    online = module.Network(args, backbone.requires_grad_(args.encoder == "nature"), env.num_actions).to(DEVICE)
     target = module.copy.deepcopy(online).requires_grad_(False)
     parameters = [parameter for parameter in online.parameters() if parameter.requires_grad]
     averages = [q for p, q in zip(online.parameters(), target.parameters(), strict=True) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps)
     replay = PlainReplay(args.replay_capacity, args.n_steps, args.discount)
-    support = torch.linspace(-args.max_return, args.max_return, args.atoms)
+    support = torch.linspace(-args.max_return, args.max_return, args.atoms, device=DEVICE)
     spacing = support[1] - support[0]
-    rng, updates, times = np.random.default_rng(SEED), 0, []
+    rng, updates, times = np.random.default_rng(0), 0, []
 
     def logits(network, stacks):
         return network(network.backbone(stacks))
@@ -116,19 +115,19 @@ def plain(module, args, first: int, last: int) -> list[float]:
             action = int(rng.integers(env.num_actions))
         else:
             with torch.no_grad():
-                q = (logits(target, torch.from_numpy(stack[None]) / 255).softmax(-1) * support).sum(-1)
+                q = (logits(target, torch.from_numpy(stack[None]).to(DEVICE) / 255).softmax(-1) * support).sum(-1)
             action = int(q.argmax())
-        reward, ends = env.step(action)
+        _, _, reward, _, ends, _ = env.step(action)
         replay.add(stack, action, np.sign(reward), env.stack, ends)
         if env.terminal:
             env.reset(env.episode + 1)
         while updates < int((step - args.learning_starts) * args.updates_per_step):
             indices, weights, batch = replay.sample(args.batch_size, 0.4, rng)
-            obs, actions, rewards, next_obs, dones = map(torch.from_numpy, batch)
+            obs, actions, rewards, next_obs, dones = (torch.from_numpy(array).to(DEVICE) for array in batch)
             obs, next_obs = (module.augment(stacks[:, None]).squeeze(1) for stacks in (obs, next_obs))
             with torch.no_grad():
                 best = (logits(online, next_obs).softmax(-1) * support).sum(-1).argmax(1)
-                p = logits(target, next_obs).softmax(-1)[torch.arange(len(best)), best]
+                p = logits(target, next_obs).softmax(-1)[torch.arange(args.batch_size, device=DEVICE), best]
                 moved = rewards[:, None] + args.discount**args.n_steps * ~dones[:, None] * support
                 position = ((moved.clamp(support[0], support[-1]) - support[0]) / spacing).clamp(0, args.atoms - 1)
                 lower, upper = position.floor().long(), position.ceil().long()
@@ -136,93 +135,82 @@ def plain(module, args, first: int, last: int) -> list[float]:
                 for i in range(len(p)):
                     m[i].index_add_(0, lower[i], p[i] * (upper[i].float() + (lower[i] == upper[i]) - position[i]))
                     m[i].index_add_(0, upper[i], p[i] * (position[i] - lower[i].float()))
-            chosen = logits(online, obs)[torch.arange(len(best)), actions].log_softmax(-1)
+            chosen = logits(online, obs)[torch.arange(args.batch_size, device=DEVICE), actions].log_softmax(-1)
             losses = -(m * chosen).sum(-1)
-            loss = (torch.from_numpy(weights).float() * losses).mean()
+            loss = (torch.from_numpy(weights).float().to(DEVICE) * losses).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             for average, parameter in zip(averages, parameters, strict=True):
                 average.data.mul_(args.target_momentum).add_(parameter.data, alpha=1 - args.target_momentum)
-            for i, value in zip(indices, losses.tolist(), strict=True):
-                replay.set_priority(i, value)
-                replay.max_priority = max(replay.max_priority, value)
+            for i, value in zip(indices, losses, strict=True):
+                replay.set_priority(i, value.item())
+                replay.max_priority = max(replay.max_priority, value.item())
             updates += 1
-        if step >= first:
-            times.append(time.perf_counter())
+        if step % every == 0:
+            times.append((step, time.time()))
     return times
 
 
 # === measuring ========================================================================================================
-def steps_per_second(arguments: list[str], first: int, last: int, way: str, environment: dict) -> dict[str, float]:
-    """Agent steps per second of one run, of ours in a precision or of the plain way."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = [*arguments, "--total-steps", str(last)]
-        if way == "plain":
-            command = [sys.executable, __file__, "--plain", str(first), str(last), *options]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            seconds = float(done.stdout.splitlines()[-1])
-        else:
-            quick = f"""--log-every 1 --eval-episodes 1 --max-episode-steps {last + 1} --exploration-steps 0
-                --exploration-final 0 --precision""".split()
-            command = [sys.executable, str(ROOT / "finetune_rainbow.py"), *options, *quick, way]
-            subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
-            events = EventAccumulator(str(next(Path(folder, "runs").iterdir())), {"scalars": 0})
-            events.Reload()
-            at = {event.step: event.wall_time for event in events.Scalars("charts/epsilon")}
-            seconds = at[last] - at[first]
-    return {"steps per second": (last - first) / seconds}
+def start(setting: str, way: str, folder: str) -> subprocess.Popen:
+    arguments, _, last, every = SETTINGS[setting]
+    arguments = [*arguments, "--total-steps", str(last), "--device", DEVICE.type, "--replay-capacity", "10000"]
+    command = [sys.executable, __file__, "--plain", str(last), str(every), *arguments]
+    if way == "ours":
+        quick = f"""--log-every {every} --eval-episodes 1 --max-episode-steps {last + 1} --exploration-steps 0
+            --exploration-final 0""".split()
+        command = [sys.executable, str(ROOT / "finetune_rainbow.py"), *arguments, *quick]
+    with open(Path(folder, "log"), "w") as log:
+        return subprocess.Popen(command, cwd=folder, env=os.environ | ALLOCATOR, stdout=log, stderr=subprocess.STDOUT)
 
 
-def replay_figures(module) -> dict:
-    """Batches of 32 per second, and bytes, of both replays at 100,000 transitions; plays a simulated game."""
-    args = module.Args(game="pong")
-    rng = np.random.default_rng(SEED)
-    frames = rng.integers(0, 256, (64, 4, 84, 84), np.uint8)
-    found = {"ours": [], "plain": []}
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = module.Replay(args, Path(folder) / "frames.bin"), PlainReplay(100_000, 10, 0.99)
-        for i in range(100_000 + args.n_steps):
-            ends, reward = i % 1000 == 999, float(i % 10 == 0)
-            ours.add(frames[i % 64, -1], i % 6, reward, i % 1000 == 0, ends, ends)
-            theirs.add(frames[i % 64], i % 6, reward, frames[(i + 1) % 64], ends)
-        samples = {"ours": (2000, lambda: ours.sample(32, rng)), "plain": (200, lambda: theirs.sample(32, 0.4, rng))}
-        for _ in range(ROUNDS):
-            for way, (batches, sample) in samples.items():
-                clock = time.perf_counter()
-                for _ in range(batches):
-                    sample()
-                found[way].append(batches / (time.perf_counter() - clock))
-        found["bytes"] = ours.frames.nbytes + ours.fields.nbytes + sum(x.nbytes for x in ours.tree.levels)
-        found["plain_bytes"] = theirs.nbytes()
-    return found
+def steps_per_second(setting: str, way: str, runs: int) -> dict[str, float]:
+    """Agent steps per second of so many runs at once, taken together, while all of them train"""
+    _, first, _, _ = SETTINGS[setting]
+    with tempfile.TemporaryDirectory() as top:
+        folders = [tempfile.mkdtemp(dir=top) for _ in range(runs)]
+        processes = [start(setting, way, folder) for folder in folders]
+        curves = []
+        for process, folder in zip(processes, folders, strict=True):
+            if process.wait():
+                raise SystemExit(Path(folder, "log").read_text()[-3000:])
+            if way == "ours":
+                events = EventAccumulator(str(next(Path(folder, "runs").iterdir())), {"scalars": 0})
+                events.Reload()
+                curve = [(event.step, event.wall_time) for event in events.Scalars("charts/epsilon")]
+            else:
+                curve = json.loads(Path(folder, "log").read_text().splitlines()[-1])
+            curves.append(np.array([point for point in curve if point[0] >= first]).T)
+        begins, ends = max(times[0] for _, times in curves), min(times[-1] for _, times in curves)
+        if begins >= ends:
+            raise SystemExit("The runs did not train at the same time: time more steps.")
+        steps = sum(np.interp(ends, times, steps) - np.interp(begins, times, steps) for steps, times in curves)
+    return {"steps per second": steps / (ends - begins)}
 
 
 def main(parts: list[str]) -> None:
-    parts = parts or ["resnet", "nature", "replay"]
-    begin(__doc__.partition("\n")[0])
-    figures, rows, environment = {}, [], os.environ | ALLOCATOR
+    parts = parts or ["resnet", "nature"]
+    begin(__doc__.partition("\n")[0], ROUNDS)
+    figures, rows = {}, []
     for name in [name for name in SETTINGS if name in parts]:
-        ways = {way: partial(steps_per_second, *SETTINGS[name], way, environment) for way in ("auto", "plain")}
-        found = figures[name] = take_turns(ways)
-        rates = [of["steps per second"] for of in found.values()]
-        target = "2.5" if name == "resnet" else "1"
-        rows.append([name, *map(shown, rates), f"{median(rates[0]) / median(rates[1]):.2f} ({target})"])
-    if rows:
-        table("Agent steps per second", ["", "ours", "plain", "ours / plain (target)"], rows)
-    if "replay" in parts:
-        found = figures["replay"] = replay_figures(load("finetune_rainbow"))
-        rows = [["ours", shown(found["ours"]), f"{found['bytes'] / 1e9:.3f}"]]
-        rows += [["plain", shown(found["plain"]), f"{found['plain_bytes'] / 1e9:.3f}"]]
-        table("A replay of 100,000 transitions", ["", "batches of 32 per second", "GB"], rows)
+        updates = float(SETTINGS[name][0][SETTINGS[name][0].index("--updates-per-step") + 1])
+        for runs in (1, 6) if ON_GPU and name == "resnet" else (1,):
+            ways = {way: partial(steps_per_second, name, way, runs) for way in ("ours", "plain")}
+            found = figures[f"{name}, {runs} at once"] = take_turns(ways, ROUNDS)
+            rates = [of["steps per second"] for of in found.values()]
+            unit = "updates/s" if name == "resnet" else "agent steps/s"
+            factor = updates if name == "resnet" else 1
+            cells = [shown([factor * rate for rate in way]) for way in rates]
+            rows.append([f"{name}, {runs} at once", unit, *cells, f"{median(rates[0]) / median(rates[1]):.2f}"])
+    table("Speed", ["", "unit", "ours", "plain", "ours / plain"], rows)
     record("rainbow", figures)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain"]:
-        module, (first, last) = load("finetune_rainbow"), map(int, sys.argv[2:4])
-        times = plain(module, module.tyro.cli(module.Args, args=sys.argv[4:]), first, last)
-        print(times[-1] - times[0])
+        module, (last, every) = load("finetune_rainbow"), map(int, sys.argv[2:4])
+        print(json.dumps(plain(module, module.tyro.cli(module.Args, args=sys.argv[4:]), last, every)))
     else:
-        start([], main)
+        main(sys.argv[1:])

@@ -6,43 +6,34 @@ Prints a table; writes docs/rainbow-freeway.png and appends the figures to bench
 are the script's, but for shorter exploration, half an update a step and a learning rate for so short a run.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from common import ROOT, load
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "rainbow_learning"
 GAME, SEEDS = "freeway", (0, 1, 2)
-SETTINGS = """--encoder nature --precision fp32 --total-steps 12000 --learning-starts 1000 --exploration-steps 3000
+SETTINGS = """--encoder nature --total-steps 12000 --learning-starts 1000 --exploration-steps 3000
     --updates-per-step 0.5 --learning-rate 2.5e-4 --eval-episodes 20""".split()
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("finetune_rainbow", ROOT / "finetune_rainbow.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
-    play = load().play_episodes
-    players = {"random": (None, 1.0), "always up": (lambda stacks: np.ones(len(stacks), int), 0.001)}
+    module = load("finetune_rainbow")
+    players = {"random": 1.0, "always up": 0.001}  # and their epsilon; up is action 1 of 3
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"{GAME}, 20 episodes each: mean (least-greatest)\n\n| player | score | minutes |\n|---|---|---|")
     figures = {}
-    for (name, (act, epsilon)), style in zip(players.items(), ("--", ":"), strict=True):
-        scores, _ = play(GAME, act, 20, 27_000, epsilon, seed=0)
+    for (name, epsilon), style in zip(players.items(), ("--", ":"), strict=True):
+        args = module.Args(GAME, eval_episodes=20, epsilon=epsilon)
+        scores, _ = module.play_episodes(GAME, lambda stacks, *_: np.tile([0, 1, 0], (len(stacks), 1)), args)
         figures[name] = scores.tolist()
         axes.axhline(scores.mean(), color="black", linestyle=style, label=f"{name}, 20 episodes")
         print(f"| {name} | {scores.mean():.2f} ({scores.min():g}-{scores.max():g}) | |", flush=True)
@@ -52,7 +43,7 @@ def main() -> None:
         result = json.loads((FOLDER / "results" / "rainbow" / "nature" / GAME / f"seed{seed}.json").read_text())
         events = EventAccumulator(str(FOLDER / "runs" / f"finetune_rainbow__nature__{GAME}__{seed}"))
         events.Reload()
-        returns = [(event.step, event.value) for event in events.Scalars("charts/episode_return")]
+        returns = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
         clock = [event.wall_time for event in events.Scalars("losses/loss")]
         scores, minutes = np.array(result["episode_scores"]), (clock[-1] - clock[0]) / 60
         figures[f"seed {seed}"] = {"scores": scores.tolist(), "returns": returns, "minutes": minutes}
