@@ -342,9 +342,9 @@ class Rainbow(nn.Module):
 class Graph:
     """Calls a function of tensors with arrays. On CUDA, the first call captures its kernels; all calls replay them."""
 
-    def __init__(self, function, device: torch.device, state: list[torch.Tensor]):
+    def __init__(self, function, device: torch.device, state: tuple | list = ()):
         self.function, self.device, self.graph = function, device, None
-        self.state = state  # what the function changes
+        self.state = state  # tensors that the function changes
 
     def capture(self, arrays: dict[str, np.ndarray]) -> None:
         self.pinned = {name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}
@@ -733,7 +733,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     moments = [x for state in model.optimizer.state.values() for x in state.values()]
-    act, update = Graph(model.act, device, []), Graph(model.update, device, [*model.state_dict().values(), *moments])
+    act, update = Graph(model.act, device), Graph(model.update, device, [*model.state_dict().values(), *moments])
     updates = max(0, int((replay.rows - args.learning_starts) * args.updates_per_step))
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
     recent, clock = [], time.perf_counter()
@@ -835,7 +835,7 @@ def finetune(args: Args) -> None:
     # The score of the target network, which has been the player in training, too
     parts = ("neck", "head") if model.frozen else ("backbone", "neck", "head")
     torch.save({part: getattr(model.target, part).state_dict() for part in parts}, run_dir / "policy.pt")
-    act = Graph(model.eval().act, device, [])
+    act = Graph(model.eval().act, device)
     scores, film = play_episodes(args.game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
