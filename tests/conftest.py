@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def train(script: str, *args, cwd: Path, games: tuple[str, ...] = GAMES) -> None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def open_writer(*args, make=module.SummaryWriter, **options):
+        time.sleep(1)  # TensorBoard orders the files of a run by the second in their names
         writers.append(make(*args, **options))
         return writers[-1]
 

@@ -243,7 +243,8 @@ def test_signal_saves_and_ends(number, played, tmp_path):
     run_dir = tmp_path / "runs" / "pretrain_atc__0"
     wait_for(lambda: handles_sigterm(process), process)
     time.sleep(1)
-    assert "/dev/shm" not in Path(f"/proc/{process.pid}/maps").read_text()
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    assert not re.findall(r"/dev/shm/(?!sem\.).*", maps)  # a semaphore is tqdm's, which does without it
     assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     assert not [*long.iterdir()]
     os.killpg(process.pid, number)
@@ -401,13 +402,14 @@ def test_batch_norm_is_evaluated_in_evaluation_mode(played, tmp_path, monkeypatc
     for name, part in objective.named_children():
         part.load_state_dict(content[name])
     losses = {}
-    for mode in (True, False):
+    for mode in (False, True):  # in this order, as training mode changes the statistics
         objective.train(mode)
         torch.manual_seed(0)
         with torch.no_grad():
             data = bc.Windows(shards, objective.length, 4, 0, "held_out")
             losses[mode] = objective(bc.unpack(*data.batch(0), "cpu"))[0].item()
-    assert logged == pytest.approx(losses[False], rel=1e-5) != pytest.approx(losses[True], rel=1e-2)
+    assert logged == pytest.approx(losses[False], rel=1e-5)
+    assert logged != pytest.approx(losses[True], rel=1e-2)
 
     with monkeypatch.context() as patch:
         interrupt(bc, patch, 4, die)
