@@ -1,160 +1,288 @@
-"""Zero-shot play: pre-trained policies at their own games, as a user runs it, and what DT remembers of an episode."""
+"""Zero-shot play: values of each policy, DT's memory, the authors' files, results, as a user runs it."""
 
+import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, load, run
+from conftest import GAMES, SMALL, load, run, train, write_replay
 from PIL import Image
-from test_learning import record
+from torch import nn
 
 zeroshot = load("eval_zeroshot.py")
-SHORT = ("--eval-episodes", 2, "--max-episode-steps", 20)
+SHORT = ("--eval-episodes", 2, "--max-episode-steps", 20, "--precision", "fp32")
+POLICIES = {"bc": ("bc",), "dt": ("dt",), "cql": ("cql",), "cql_mse": ("cql", "--loss", "mse")}
+
+
+def play(*args, cwd: Path) -> None:
+    """Plays in this process, in that folder, as the script does when it is given these arguments."""
+    with contextlib.chdir(cwd):
+        zeroshot.evaluate(zeroshot.tyro.cli(zeroshot.Args, args=["--device", "cpu", *map(str, args)]))
+
+
+def result_path(folder: Path, method: str, game: str, seed: int = 0) -> Path:
+    return folder / "results" / "zeroshot" / method / game / f"seed{seed}.json"
+
+
+def result(*where) -> dict:
+    return json.loads(result_path(*where).read_text())
 
 
 @pytest.fixture
-def checkpoint(alone):
-    def find(objective: str) -> Path:
-        return alone(f"pretrain_{objective}.py")[0] / "runs" / f"pretrain_{objective}__7" / "checkpoint.pt"
+def few_games(monkeypatch):
+    """As if the data set had only these, as for the small checkpoints."""
+    monkeypatch.setattr(zeroshot, "DQN_REPLAY_GAMES", sorted(GAMES))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cache, tmp_path_factory):
+    """`checkpoint(method)` is a small one, after 3 steps on Pong and Freeway; each is made once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def find(method: str) -> Path:
+        objective, *flags = POLICIES.get(method, (method,))
+        path = folder / "runs" / method / "checkpoint.pt"
+        if not path.exists():
+            few = ("--games", "pong", "freeway", "--total-steps", 3, "--batch-size", 8, "--run-name", method)
+            train(f"pretrain_{objective}.py", *SMALL, *few, *flags, "--cache-dir", cache, cwd=folder)
+        return path
 
     return find
 
 
-def result(folder: Path, method: str, game: str, seed: int = 0) -> dict:
-    return json.loads((folder / "results" / "zeroshot" / method / game / f"seed{seed}.json").read_text())
+def make_policy(path: Path, game: str = "pong") -> "zeroshot.Policy":
+    policy = zeroshot.Policy(zeroshot.load_checkpoint(path)).eval().requires_grad_(False)
+    policy.game_id, policy.history = zeroshot.DQN_REPLAY_GAMES.index(game), []
+    return policy
 
 
-@pytest.mark.parametrize("objective", ["bc", "dt", "cql"])
-def test_plays_all_the_games_of_its_pre_training(objective, checkpoint, tmp_path):
-    path = checkpoint(objective)
+def test_as_a_user_runs_it(alone, tmp_path):
+    """All games of the pre-training; what the results say of it; films beside the results."""
+    path = alone("pretrain_bc.py")[0] / "runs" / "pretrain_bc__7" / "checkpoint.pt"
     done = run("eval_zeroshot.py", "--checkpoint", path, *SHORT, "--video", cwd=tmp_path)
     assert done.stdout.count("points, normalised") == 2
     for game, split in (("pong", "near_ood"), ("freeway", "id")):
-        found = result(tmp_path, objective, game)
+        found = result(tmp_path, "bc", game)
         identity = {key: found[key] for key in ("suite", "method", "game", "split", "seed", "checkpoint")}
-        expected = {"suite": "zeroshot", "method": objective, "game": game, "split": split, "seed": 0}
+        expected = {"suite": "zeroshot", "method": "bc", "game": game, "split": split, "seed": 0}
         assert identity == expected | {"checkpoint": str(path)}
         assert found["score"] == np.mean(found["episode_scores"]) and len(found["episode_scores"]) == 2
-        with Image.open(tmp_path / "runs" / f"eval_zeroshot__{objective}__{game}__0" / "episode.gif") as video:
+        assert found["pretraining"] == {"step": 3, "total_steps": 3, "data": "random_play"}
+        assert found["data"] == "random_play" and found["smoke_test"] is True and len(found["backbone"]) == 8
+        with Image.open(result_path(tmp_path, "bc", game).with_suffix(".gif")) as video:
             assert video.n_frames > 1
 
 
-def test_what_is_done_is_skipped(checkpoint, tmp_path):
-    """A sweep that was cut off goes on with the games that have no result yet; other arguments are refused."""
-    args = ("--checkpoint", checkpoint("bc"), *SHORT)
-    run("eval_zeroshot.py", *args, "--games", "Pong", cwd=tmp_path)
-    path = tmp_path / "results" / "zeroshot" / "bc" / "pong" / "seed0.json"
-    before = path.stat().st_mtime_ns
-    done = run("eval_zeroshot.py", *args, cwd=tmp_path)
-    assert "pong/seed0.json is there already" in done.stdout and "freeway/seed0.json: " in done.stdout
-    assert path.stat().st_mtime_ns == before
-    done = run("eval_zeroshot.py", *args, "--epsilon", 0.5, cwd=tmp_path, code=1)
-    assert "was made with {'epsilon': 0.001}" in done.stderr and path.stat().st_mtime_ns == before
-    run("eval_zeroshot.py", *args, "--games", "pong", "--overwrite", "--epsilon", 0.5, cwd=tmp_path)
-    assert path.stat().st_mtime_ns > before
-    run("eval_zeroshot.py", *args, "--games", "pong", "--method", "mine", "--seed", 3, cwd=tmp_path)
-    assert result(tmp_path, "mine", "pong", 3)["seed"] == 3
+def test_what_is_done_is_skipped(checkpoint, few_games, monkeypatch, capsys, tmp_path):
+    """A sweep that was cut off goes on with the games that have no result; the same in other words; other values."""
+    monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: (np.zeros(2), []))
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(checkpoint("bc"), path)
+    play(*SHORT, "--checkpoint", path, "--games", "Pong", cwd=tmp_path)
+    pong = result_path(tmp_path, "bc", "pong")
+    before = pong.read_text()
+    capsys.readouterr()
+    play(*SHORT, "--checkpoint", "checkpoint.pt", "--method", "bc", cwd=tmp_path)
+    out = capsys.readouterr().out
+    assert "pong/seed0.json is there already" in out and "freeway/seed0.json: " in out
+    with pytest.raises(SystemExit, match=r"was made with \{'epsilon': 0\.001\}"):
+        play(*SHORT, "--checkpoint", path, "--epsilon", 0.5, cwd=tmp_path)
+    shutil.copy(checkpoint("dt"), path)
+    with pytest.raises(SystemExit, match=r"was made with \{'backbone': "):
+        play(*SHORT, "--checkpoint", path, "--method", "bc", cwd=tmp_path)
+    assert pong.read_text() == before
+    play(*SHORT, "--checkpoint", path, "--method", "bc", "--games", "pong", "--overwrite", cwd=tmp_path)
+    play(*SHORT, "--checkpoint", path, "--method", "mine", "--games", "pong", "--seed", 3, cwd=tmp_path)
+    assert result(tmp_path, "mine", "pong", 3)["backbone"] == result(tmp_path, "bc", "pong")["backbone"]
+    assert json.loads(before)["backbone"] != result(tmp_path, "bc", "pong")["backbone"]
 
 
-@pytest.fixture(scope="module")
-def always_up(tmp_path_factory) -> Path:
-    """A --data-dir of Freeway, by one who always goes up."""
-    folder = tmp_path_factory.mktemp("up")
-    record(folder, "freeway", lambda frame: 1, 500)
-    return folder
+@pytest.mark.parametrize(("method", "smoke_test"), [("real", False), ("played", True)])
+def test_smoke_tests_are_marked(method, smoke_test, checkpoint, few_games, monkeypatch, tmp_path):
+    monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: (np.zeros(100), []))
+    content = torch.load(checkpoint("bc"), weights_only=True)
+    content["args"]["data"] = "random_play" if smoke_test else "dqn_replay"
+    torch.save(content, tmp_path / "checkpoint.pt")
+    play("--checkpoint", "checkpoint.pt", "--method", method, cwd=tmp_path)
+    assert result(tmp_path, method, "pong")["smoke_test"] is smoke_test
 
 
-@pytest.mark.parametrize(
-    ("objective", "method", "flags"),
-    [("bc", "bc", ()), ("dt", "dt", ()), ("cql", "cql", ()), ("cql", "cql_mse", ("--loss", "mse"))],
-)
-def test_a_learned_policy_plays_as_its_teacher(objective, method, flags, always_up, tmp_path):
+def record_going_up(folder: Path, rows: int) -> None:
+    """A replay of Freeway by one who always goes up, of one episode that does not end."""
+    env = zeroshot.AtariVectorEnv("freeway", 1, noop_max=0, use_fire_reset=False, reward_clipping=False)
+    stack, _ = env.reset(seed=0)
+    frames, rewards = [np.zeros((84, 84), np.uint8)] * 3, [0.0] * 3
+    for _ in range(rows):
+        frames.append(stack[0, -1].copy())
+        stack, reward, *_ = env.step(np.array([1]))
+        rewards.append(float(reward[0]))
+    columns = {"observation": frames, "action": [0] * 3 + [1] * rows, "reward": rewards, "terminal": [0] * (rows + 3)}
+    write_replay(folder, "freeway", columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", POLICIES)
+def test_a_learned_policy_plays_as_its_teacher(method, few_games, tmp_path):
     """Pre-trained on one who always goes up, each crosses the road exactly as he does; random play never does."""
-    data = ("--data-dir", always_up, "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 500)
-    train = ("--games", "freeway", "--total-steps", 60, "--batch-size", 8, "--learning-rate", 3e-3, "--run-name", "up")
-    run(f"pretrain_{objective}.py", *SMALL, *data, *train, *flags, "--precision", "fp32", cwd=tmp_path)
-    play = ("--epsilon", 0, "--eval-episodes", 2, "--max-episode-steps", 300, "--precision", "fp32")
-    run("eval_zeroshot.py", "--checkpoint", "runs/up/checkpoint.pt", *play, cwd=tmp_path)
-    up, _ = zeroshot.play_episodes("freeway", lambda stacks, *_: np.ones(len(stacks), int), 2, 300, 0, 0)
+    record_going_up(tmp_path, 500)
+    objective, *flags = POLICIES[method]
+    data = ("--data-dir", tmp_path, "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 500)
+    few = ("--games", "freeway", "--total-steps", 60, "--batch-size", 8, "--learning-rate", 3e-3, "--run-name", "up")
+    train(f"pretrain_{objective}.py", *SMALL, *data, *few, *flags, "--precision", "fp32", cwd=tmp_path)
+    protocol = ("--epsilon", 0, "--eval-episodes", 2, "--max-episode-steps", 300, "--precision", "fp32")
+    play("--checkpoint", "runs/up/checkpoint.pt", *protocol, cwd=tmp_path)
+    args = zeroshot.Args(tmp_path, epsilon=0, eval_episodes=2, max_episode_steps=300)
+    up, _ = zeroshot.play_episodes("freeway", lambda stacks, *_: np.eye(18)[np.ones(len(stacks), int)], args)
     assert up.min() >= 2
     assert result(tmp_path, method, "freeway")["episode_scores"] == up.tolist()
 
 
-def make_policy(path: Path) -> "zeroshot.Policy":
-    cpu = torch.device("cpu")
-    return zeroshot.Policy(path, cpu, zeroshot.autocast(cpu, "fp32"))
-
-
-def test_dt_plays_from_its_last_8_steps(checkpoint):
+def test_dt_plays_from_its_last_8_steps(checkpoint, few_games):
     """Against windows put together here: stacks, actions taken, and the return that is left, of episodes that end."""
-    policy = make_policy(checkpoint("dt"))
-    assert policy.steps == 8
-    policy.neck.largest_return[:], policy.return_scale = 5.0, 2.0  # larger than usual, so that it tells
-    policy.start("freeway", 3)
+    policy = make_policy(checkpoint("dt"), "freeway")
+    policy.neck.largest_return[:], policy.args["return_scale"] = 5.0, 2.0  # larger than usual, so that it tells
     rng, ends = np.random.default_rng(0), (12, 5, 10)  # steps of the three episodes
     stacks = rng.integers(0, 256, (12, 3, 4, 84, 84), dtype=np.uint8)
     taken, rewards = rng.integers(0, 3, (12, 3)), rng.choice([-300.0, -1, 0, 1, 2], (12, 3))
-    head, given, asked = policy.head, [], 0
-    head.bias.data[:, 3:] += 1000  # actions that Freeway does not have
-    policy.head = lambda x, game_id: given.append(x) or head(x, game_id)
     for step in range(12):
         which = np.array([i for i in range(3) if step < ends[i]])
         last = (taken[step - 1][which], rewards[step - 1][which]) if step else (0 * which, 0.0 * which)
-        found = policy.act(stacks[step][which], which, *last)
-        for i, action, x_found in zip(which, found, given[-1], strict=True):
+        found = policy(stacks[step][which], which, *last)
+        for i, values in zip(which, found, strict=True):
             steps = range(max(0, step - 7), step + 1)
-            game_id = torch.full((len(steps),), policy.row)
+            game_id = torch.full((len(steps),), policy.game_id)
             returns = [5 - sum(np.sign(rewards[:j, i])) for j in steps]
-            with torch.no_grad():
-                maps = policy.backbone(torch.from_numpy(stacks[steps, i]) / 255)
-                actions = torch.from_numpy(np.append(taken[steps[:-1], i], 0))  # the last is not known
-                features = policy.neck.features(maps, game_id)
-                x = policy.neck(features[None], actions[None], 2 * torch.tensor(returns)[None].float())[0, -1:]
-                logits = head(x, game_id[:1])[0, :3]
-            torch.testing.assert_close(x_found[None], x, rtol=1e-3, atol=1e-3)
-            assert action == logits.argmax()
-            asked += 1
-    assert asked == sum(ends)
+            maps = policy.backbone(torch.from_numpy(stacks[steps, i]) / 255)
+            actions = torch.from_numpy(np.append(taken[steps[:-1], i], 1))  # the last one is not known, nor looked at
+            features = policy.neck.features(maps, game_id)
+            x = policy.neck(features[None], actions[None], 2 * torch.tensor(returns)[None].float())[0, -1:]
+            expected = policy.head(x, game_id[:1])[0]
+            np.testing.assert_allclose(values, expected.numpy(), rtol=1e-3, atol=1e-3)
+    assert policy.neck.position.shape[0] == 3 * 8
 
 
-def test_cql_plays_the_action_of_the_largest_expected_return(checkpoint):
-    """Not of the likeliest atom, nor of actions that the game does not have."""
-    policy = make_policy(checkpoint("cql"))
-    policy.start("pong", 1)
+def test_each_game_begins_with_its_own_largest_return(checkpoint, few_games, monkeypatch, tmp_path):
+    content = torch.load(checkpoint("dt"), weights_only=True)
+    content["neck"]["largest_return"][:] = torch.arange(4) * 10.0
+    torch.save(content, tmp_path / "checkpoint.pt")
+    seen = {}
+
+    def play_episodes(game, policy, args):
+        for _ in range(2):
+            policy(np.zeros((2, 4, 84, 84), np.uint8), np.arange(2), np.zeros(2, int), np.zeros(2))
+        seen[game] = [returns.tolist() for _, _, returns in policy.history]
+        return np.zeros(2), []
+
+    monkeypatch.setattr(zeroshot, "play_episodes", play_episodes)
+    play(*SHORT, "--checkpoint", "checkpoint.pt", cwd=tmp_path)
+    games = zeroshot.DQN_REPLAY_GAMES
+    assert seen == {game: 2 * [2 * [10.0 * games.index(game)]] for game in ("pong", "freeway")}
+
+
+@pytest.mark.parametrize("method", ["bc", "cql", "cql_mse"])
+def test_values_are_logits_or_expected_returns(method, checkpoint, few_games):
+    """Of the game's own row; for C51, not the likeliest atom's."""
+    content, policy = torch.load(checkpoint(method), weights_only=True), make_policy(checkpoint(method))
     stacks, which = np.random.default_rng(1).integers(0, 256, (5, 4, 84, 84), dtype=np.uint8), np.arange(5)
-    with torch.no_grad():
-        game_id = torch.full((5,), policy.row)
-        features = policy.neck(policy.backbone(torch.from_numpy(stacks) / 255), game_id)
-        p = policy.head(features, game_id).view(5, 18, 51).softmax(2).numpy()
-    q = (p * np.linspace(-10, 10, 51)).sum(2)
-    assert policy.act(stacks, which, 0 * which, 0.0 * which).tolist() == q[:, :6].argmax(1).tolist()
+    row = zeroshot.DQN_REPLAY_GAMES.index("pong")
+    features = policy.neck(policy.backbone(torch.from_numpy(stacks) / 255), torch.full((5,), row))
+    expected = (features @ content["head"]["weight"][row] + content["head"]["bias"][row]).numpy()
+    if method == "cql":
+        p = torch.from_numpy(expected).view(5, 18, 51).softmax(2).numpy()
+        expected = (p * np.linspace(-10, 10, 51)).sum(2)
+    np.testing.assert_allclose(policy(stacks, which, 0 * which, 0.0 * which), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_bad_input(checkpoint, tmp_path):
-    dt = torch.load(checkpoint("dt"), weights_only=True)
-    dt["neck"]["largest_return"].fill_(-math.inf)
-    torch.save(dt, tmp_path / "unseen.pt")
-    nan = torch.load(checkpoint("bc"), weights_only=True)
-    nan["backbone"]["conv1.weight"][0] = math.nan
-    torch.save(nan, tmp_path / "nan.pt")
-    (tmp_path / "damaged.pt").write_bytes(checkpoint("bc").read_bytes()[:5000])
+def test_batch_norm_may_take_the_norms_place(checkpoint, few_games, monkeypatch, tmp_path):
+    """In evaluation mode a stack has the same values alone and among 8."""
+    monkeypatch.setattr(zeroshot, "Norm", nn.BatchNorm2d)
+    content = torch.load(checkpoint("bc"), weights_only=True)
+    content["backbone"] = zeroshot.ResNet(0.125, (1, 1, 1, 1)).state_dict()
+    torch.save(content, tmp_path / "checkpoint.pt")
+
+    def play_episodes(game, policy, args):
+        stacks = np.random.default_rng(0).integers(0, 256, (8, 4, 84, 84), dtype=np.uint8)
+        among, alone = (policy(x, np.arange(len(x)), *np.zeros((2, len(x)))) for x in (stacks, stacks[:1]))
+        np.testing.assert_allclose(among[:1], alone, rtol=1e-3, atol=1e-3)
+        return np.zeros(2), []
+
+    monkeypatch.setattr(zeroshot, "play_episodes", play_episodes)
+    play(*SHORT, "--checkpoint", "checkpoint.pt", cwd=tmp_path)
+
+
+BLOCK = {"attn_norm": "0.norm", "attn_qkv": "0.fn.to_qkv", "attn_out": "0.fn.to_out.0"}
+BLOCK |= {"mlp_norm": "1.norm", "mlp_in": "1.fn.net.0", "mlp_out": "1.fn.net.3"}
+
+
+def authors_name(name: str) -> str:
+    """Of a parameter of a neck or head in the authors' files."""
+    if name in ("spatial_embed", "weight", "bias", "action_embed"):
+        return {"weight": "weights", "bias": "biases", "action_embed": "act_embedder"}.get(name, name) + ".weight"
+    if name.startswith("blocks."):
+        _, i, layer, kind = name.split(".")
+        return f"transformer_encoder.layers.{i}.{BLOCK[layer]}.{kind}"
+    return name.replace("rtg_embed.", "rtg_embedder.")
+
+
+@pytest.mark.parametrize(("method", "prefix"), [("bc", ""), ("cql", "_orig_mod."), ("dt", "_orig_mod.module.")])
+def test_the_authors_policies(method, prefix, monkeypatch, tmp_path):
+    """Parameters by other names, flat tables, a fixed code, and DT's largest returns as NumPy scalars."""
+    module = load(f"pretrain_{POLICIES[method][0]}.py")
+    parts = dict(module.Objective(module.Args(blocks=(1, 1, 1, 1))).named_children())
+    monkeypatch.setattr(zeroshot, "ResNet", lambda *_: parts["backbone"])  # theirs are full ones, which are slow
+    content = {"backbone": {prefix + name: x for name, x in parts["backbone"].state_dict().items()}}
+    for part in ("neck", "head"):
+        state = {prefix + authors_name(name): x for name, x in parts[part].named_parameters()}
+        content[part] = {name: x.detach().flatten(1) if x.dim() == 3 else x.detach() for name, x in state.items()}
+    if method == "dt":
+        content["neck"][prefix + "pos_embed"] = torch.zeros(24, 512)
+        content["max_rtg"] = {np.int64(module.DQN_REPLAY_GAMES.index("freeway")): np.float32(21.0)}
+    path = tmp_path / f"their_{method}" / "latest.pth"
+    path.parent.mkdir()
+    torch.save(content, path)
+
+    def play_episodes(game, policy, args):
+        for part in ("backbone", "neck", "head"):
+            for name, x in parts[part].named_parameters():
+                assert torch.equal(x, dict(getattr(policy, part).named_parameters())[name]), name
+        step = np.zeros((2, 4, 84, 84), np.uint8), np.arange(2), np.zeros(2, int), np.zeros(2)
+        assert policy(*step).shape == (2, 18)
+        if method == "dt":
+            assert policy.return_to_go.tolist() == [21, 21]
+        return np.zeros(2), []
+
+    monkeypatch.setattr(zeroshot, "play_episodes", play_episodes)
+    play(*SHORT, "--checkpoint", path, "--games", "freeway", cwd=tmp_path)
+    found = result(tmp_path, f"their_{method}", "freeway")
+    assert found["data"] == "unknown" and found["pretraining"] is None
+    if method == "dt":
+        with pytest.raises(SystemExit, match="has seen nothing of boxing"):
+            play(*SHORT, "--checkpoint", path, "--games", "boxing", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["atc", "mae", "spr", "idm"])
+def test_what_has_learned_no_policy(objective, checkpoint, few_games, tmp_path):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt holds no policy\. BC, DT and CQL learn one\.$"):
+        play(*SHORT, "--checkpoint", checkpoint(objective), cwd=tmp_path)
+
+
+def test_bad_input(checkpoint, few_games, tmp_path):
+    content = torch.load(checkpoint("dt"), weights_only=True)
+    content["neck"]["largest_return"].fill_(-math.inf)
+    torch.save(content, tmp_path / "unseen.pt")
+    torch.save({"backbone": content["backbone"]}, tmp_path / "backbone.pt")
     bc = ("--checkpoint", checkpoint("bc"))
-    for args, code, message in [
-        ([], 2, "--checkpoint"),
-        (["--checkpoint", "missing.pt"], 1, "missing.pt cannot be used"),
-        (["--checkpoint", "damaged.pt"], 1, "damaged.pt cannot be used"),
-        (["--checkpoint", checkpoint("atc")], 1, "atc learns no policy"),
-        (["--checkpoint", "unseen.pt"], 1, "unseen.pt has seen nothing of pong"),
-        (["--checkpoint", "nan.pt", "--max-episode-steps", 5], 1, "nan.pt predicts what is not finite"),
-        ([*bc, "--games", "pong", "alien"], 1, "was pre-trained on pong, freeway, not alien"),
-        ([*bc, "--games", "chess"], 1, "Unknown game 'chess'"),
-        ([*bc, "--epsilon", 1.5], 1, "--epsilon must be at most 1"),
-        ([*bc, "--eval-episodes", 0], 1, "--eval-episodes must be at least 1"),
-        ([*bc, "--device", "cuda"], 1, "cuda cannot be used"),
+    for args, message in [
+        (["--checkpoint", "missing.pt"], "^missing.pt is no checkpoint"),
+        (["--checkpoint", "backbone.pt"], "^backbone.pt holds no policy"),
+        (["--checkpoint", "unseen.pt"], "^unseen.pt has seen nothing of pong"),
+        ([*bc, "--games", "pong", "alien"], r"^Unknown game 'alien'\. Choose from: pong freeway"),
+        ([*bc, "--eval-episodes", 0], "^--eval-episodes and --max-episode-steps must be at least 1"),
     ]:
-        done = run("eval_zeroshot.py", *args, cwd=tmp_path, code=code)
-        assert message in done.stderr + done.stdout
+        with pytest.raises(SystemExit, match=message):
+            play(*SHORT, *args, cwd=tmp_path)
     assert not (tmp_path / "results").exists()
