@@ -172,30 +172,24 @@ def parse_game(name: str, games: list[str]) -> str:
 
 
 # === scores [shared] ==================================================================================================
-# A random agent's score and the reference's: DQN's after 50M frames, for the far-OOD games Rainbow's after 2M steps.
-SCORES = {
-    "air_raid": (579.25, 7479.5), "alien": (227.8, 2484.49), "amidar": (5.8, 1207.74), "assault": (222.4, 1525.24),
-    "asterix": (210.0, 2711.41), "asteroids": (719.1, 698.37), "atlantis": (12850.0, 853640.0),
-    "bank_heist": (14.2, 601.79), "basic_math": (0.0033, 3.57), "battle_zone": (2360.0, 17784.84),
-    "beam_rider": (363.9, 5852.42), "berzerk": (123.7, 487.48), "bowling": (23.1, 30.12), "boxing": (0.1, 77.99),
-    "breakout": (1.7, 96.23), "carnival": (700.8, 4784.84), "centipede": (2090.9, 2583.03),
-    "chopper_command": (811.0, 2690.61), "crazy_climber": (10780.5, 104568.76), "demon_attack": (152.1, 6361.58),
-    "double_dunk": (-18.6, -6.54), "elevator_action": (4387.0, 439.77), "enduro": (0.0, 628.91),
-    "fishing_derby": (-91.7, 0.58), "freeway": (0.0, 26.27), "frostbite": (65.2, 367.07), "gopher": (257.6, 5479.9),
-    "gravitar": (173.0, 330.07), "hero": (1027.0, 17325.44), "human_cannonball": (1.0767, 5.56),
-    "ice_hockey": (-11.2, -5.84), "jamesbond": (29.0, 573.31), "journey_escape": (-19977.0, -3671.09),
-    "kangaroo": (52.0, 11485.98), "klax": (0.3734, 2124.75), "krull": (1598.0, 6097.63),
-    "kung_fu_master": (258.5, 23435.38), "montezuma_revenge": (0.0, 0.0), "ms_pacman": (307.3, 3402.4),
-    "name_this_game": (2292.3, 7278.65), "othello": (-21.3233, -2.01), "phoenix": (761.4, 4996.58),
-    "pitfall": (-229.4, -73.81), "pong": (-20.7, 16.61), "pooyan": (371.2, 3211.96), "private_eye": (24.9, -16.04),
-    "qbert": (163.9, 10117.5), "riverraid": (1338.5, 11638.93), "road_runner": (11.5, 36925.47),
-    "robotank": (2.2, 59.77), "seaquest": (68.4, 1600.66), "skiing": (-17098.1, -15824.61),
-    "solaris": (1236.3, 1436.4), "space_invaders": (148.0, 1794.24), "star_gunner": (664.0, 42165.22),
-    "surround": (-9.9833, -7.81), "tennis": (-23.8, -1.5), "time_pilot": (3568.0, 3654.37),
-    "tutankham": (11.4, 103.84), "up_n_down": (533.4, 8488.31), "venture": (0.0, 39.13),
-    "video_pinball": (16256.9, 63406.11), "wizard_of_wor": (563.5, 2065.8), "yars_revenge": (3092.9, 23909.38),
-    "zaxxon": (32.5, 4538.57),
-}  # fmt: skip
+# Scores of a random agent and of the reference: DQN after 50M frames; for far-OOD games, Rainbow after 2M agent steps.
+TABLE = """
+    air_raid 579.25 7479.5, alien 227.8 2484.49, amidar 5.8 1207.74, assault 222.4 1525.24, asterix 210.0 2711.41,
+    asteroids 719.1 698.37, atlantis 12850.0 853640.0, bank_heist 14.2 601.79, basic_math 0.0033 3.57,
+    battle_zone 2360.0 17784.84, beam_rider 363.9 5852.42, berzerk 123.7 487.48, bowling 23.1 30.12, boxing 0.1 77.99,
+    breakout 1.7 96.23, carnival 700.8 4784.84, centipede 2090.9 2583.03, chopper_command 811.0 2690.61,
+    crazy_climber 10780.5 104568.76, demon_attack 152.1 6361.58, double_dunk -18.6 -6.54, elevator_action 4387.0 439.77,
+    enduro 0.0 628.91, fishing_derby -91.7 0.58, freeway 0.0 26.27, frostbite 65.2 367.07, gopher 257.6 5479.9,
+    gravitar 173.0 330.07, hero 1027.0 17325.44, human_cannonball 1.0767 5.56, ice_hockey -11.2 -5.84,
+    jamesbond 29.0 573.31, journey_escape -19977.0 -3671.09, kangaroo 52.0 11485.98, klax 0.3734 2124.75,
+    krull 1598.0 6097.63, kung_fu_master 258.5 23435.38, montezuma_revenge 0.0 0.0, ms_pacman 307.3 3402.4,
+    name_this_game 2292.3 7278.65, othello -21.3233 -2.01, phoenix 761.4 4996.58, pitfall -229.4 -73.81,
+    pong -20.7 16.61, pooyan 371.2 3211.96, private_eye 24.9 -16.04, qbert 163.9 10117.5, riverraid 1338.5 11638.93,
+    road_runner 11.5 36925.47, robotank 2.2 59.77, seaquest 68.4 1600.66, skiing -17098.1 -15824.61,
+    solaris 1236.3 1436.4, space_invaders 148.0 1794.24, star_gunner 664.0 42165.22, surround -9.9833 -7.81,
+    tennis -23.8 -1.5, time_pilot 3568.0 3654.37, tutankham 11.4 103.84, up_n_down 533.4 8488.31, venture 0.0 39.13,
+    video_pinball 16256.9 63406.11, wizard_of_wor 563.5 2065.8, yars_revenge 3092.9 23909.38, zaxxon 32.5 4538.57"""
+SCORES = {game: (float(random), float(reference)) for game, random, reference in map(str.split, TABLE.split(","))}
 
 
 def normalize(game: str, score: float) -> float:

@@ -80,7 +80,7 @@ def test_every_flag_has_a_help_text(script):
 def test_performance_tells_of_every_benchmark():
     page = (ROOT / "docs" / "performance.md").read_text()
     (parts,) = re.findall(r"for part in ([\w ]+);", (ROOT / "Makefile").read_text())
-    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "rainbow_learning", "download"}
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "rainbow_learning", "study"}
     assert set(parts.split()) == files
     assert all(f"`python benchmarks/{part}.py`" in page for part in files)
 
@@ -160,7 +160,7 @@ def test_defaults_of_rainbow_are_the_papers():
     assert (args.learning_rate, args.adam_eps, args.max_grad_norm, args.target_momentum) == (1e-4, 1.5e-4, 10, 0.99)
     assert (args.discount, args.n_steps, args.atoms, args.max_return) == (0.99, 10, 51, 10)
     assert (args.replay_capacity, args.priority_exponent, args.importance_exponent) == (100_000, 0.5, 0.4)
-    assert (args.exploration_steps, args.exploration_final, args.dueling, args.noisy) == (10_000, 0.01, False, False)
+    assert (args.exploration_steps, args.exploration_final) == (10_000, 0.01)
     assert (args.episodic_life, args.repeat_action_probability, args.freeze_backbone) == (True, 0, True)
     assert (args.eval_episodes, args.max_episode_steps, args.epsilon) == (100, 27_000, 0.001)
     assert (args.save_replay_every, args.save_replay_rows, args.encoder) == (1_000_000, 0, "resnet")
