@@ -1,72 +1,103 @@
-"""Fine-tuning by behaviour cloning as a user runs it, from every kind of checkpoint, and its results."""
+"""Fine-tuning by behaviour cloning: its data, what a result holds, what is skipped and what is refused."""
 
+import contextlib
+import copy
 import json
+import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAINING, SMALL, Bomb, load, run
+from conftest import PRETRAINING, SMALL, Bomb, load, run, train, write_replay
 from PIL import Image
-from test_pretrain import assert_equal, scalars, start, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 bc = load("finetune_bc.py")
-SHORT = ("--epochs", 1, "--batch-size", 32, "--eval-episodes", 2, "--max-episode-steps", 20)
-QUICK = ("--game", "pong", *SMALL, *SHORT, "--play-rows", 150)
+SHORT = ("--epochs", 1, "--batch-size", 64, "--eval-episodes", 2, "--max-episode-steps", 20)
+QUICK = (*SMALL, *SHORT, "--precision", "fp32")
+FEW = ("--runs", 1, "--checkpoints", 1, "--num-transitions", 100)
+
+
+def finetune(*args, cwd: Path) -> None:
+    """Fine-tunes in this process, in that folder, as the script does when it is given these arguments."""
+    with contextlib.chdir(cwd):
+        bc.finetune(bc.tyro.cli(bc.Args, args=["--device", "cpu", "--no-compile", *map(str, args)]))
+
+
+def result_path(folder: Path, method: str, game: str = "pong", seed: int = 0) -> Path:
+    return folder / "results" / "bc" / method / game / f"seed{seed}.json"
+
+
+def result(*where) -> dict:
+    return json.loads(result_path(*where).read_text())
 
 
 @pytest.fixture(scope="module")
-def pretrained(alone) -> Path:
-    return alone("pretrain_atc.py")[0] / "runs" / "pretrain_atc__7" / "checkpoint.pt"
+def pretrained(cache, tmp_path_factory):
+    """`pretrained(script, seed)` is a small checkpoint after two steps on played data; each is made once."""
+    folder = tmp_path_factory.mktemp("pretrained")
+
+    def find(script: str = "pretrain_bc.py", seed: int = 0) -> Path:
+        path = folder / "runs" / f"{script.removesuffix('.py')}__{seed}" / "checkpoint.pt"
+        if not path.exists():
+            few = ("--total-steps", 2, "--batch-size", 8, "--games", "pong", "--seed", seed, "--cache-dir", cache)
+            train(script, *SMALL, *few, cwd=folder)
+        return path
+
+    return find
 
 
-def result(folder: Path, method: str, seed: int = 0, game: str = "pong") -> dict:
-    return json.loads((folder / "results" / "bc" / method / game / f"seed{seed}.json").read_text())
+@pytest.fixture
+def no_play(monkeypatch):
+    """Evaluations of no time: all episodes score 3."""
+    monkeypatch.setattr(bc, "play_episodes", lambda game, policy, args: (np.full(args.eval_episodes, 3.0), []))
 
 
-def test_from_a_checkpoint(pretrained, tmp_path):
-    done = run("finetune_bc.py", *QUICK, "--checkpoint", pretrained, "--video", cwd=tmp_path)
-    assert "No --data-dir: a smoke test on 150 rows of random play" in done.stdout
-    found = result(tmp_path, "atc")
+@pytest.fixture
+def on_replay(replay):
+    return (*QUICK, *FEW, "--game", "pong", "--data-dir", replay)
+
+
+def test_as_a_user_runs_it(pretrained, replay, tmp_path):
+    args = (*QUICK, *FEW, "--game", "pong", "--data-dir", replay, "--checkpoint", pretrained(), "--video")
+    run("finetune_bc.py", *args, cwd=tmp_path)
+    found = result(tmp_path, "bc")
     identity = {key: found[key] for key in ("suite", "method", "game", "split", "seed", "checkpoint")}
-    expected = {"suite": "bc", "method": "atc", "game": "pong", "split": "near_ood", "seed": 0}
-    assert identity == expected | {"checkpoint": str(pretrained)}
-    assert len(found["episode_scores"]) == 2
-    assert found["score"] == np.mean(found["episode_scores"])
+    expected = {"suite": "bc", "method": "bc", "game": "pong", "split": "near_ood", "seed": 0}
+    assert identity == expected | {"checkpoint": str(pretrained())}
+    assert len(found["episode_scores"]) == 2 and found["score"] == np.mean(found["episode_scores"])
     assert found["normalized_score"] == pytest.approx((found["score"] + 20.7) / (16.61 + 20.7), rel=1e-6)
-    assert found["args"]["eval_episodes"] == 2
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["args"]["eval_episodes"] == 2 and found["versions"]["torch"] == torch.__version__
 
-    run_dir = tmp_path / "runs" / "finetune_bc__atc__pong__0"
-    logged = scalars(run_dir)
-    assert {"losses/loss", "losses/accuracy", "charts/learning_rate", "eval/score"} <= logged.keys()
+    run_dir = tmp_path / "runs" / "finetune_bc__bc__pong__0"
+    logged = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
+    assert {"losses/loss", "losses/accuracy", "charts/learning_rate", "charts/SPS", "eval/score"} <= set(logged)
     saved = torch.load(run_dir / "policy.pt", weights_only=True)
-    assert saved.keys() == {"neck", "head"}
-    assert saved["head"]["weight"].shape == (1, 512, 18)
+    assert saved.keys() == {"neck", "head"} and saved["head"]["weight"].shape == (1, 512, 18)
     with Image.open(run_dir / "episode.gif") as video:
-        assert 1 < video.n_frames <= 20  # equal frames are stored once, shown longer
-        assert video.size == (252, 252)
+        assert 1 < video.n_frames <= 20  # equal frames are stored once and shown longer
 
 
 @pytest.mark.parametrize("script", PRETRAINING)
-def test_from_every_objective(script, alone, tmp_path):
-    name = script.removesuffix(".py")
-    checkpoint = alone(script)[0] / "runs" / f"{name}__7" / "checkpoint.pt"
-    run("finetune_bc.py", *QUICK, "--checkpoint", checkpoint, cwd=tmp_path)
-    assert result(tmp_path, name.removeprefix("pretrain_"))["checkpoint"] == str(checkpoint)
+def test_from_every_objective(script, pretrained, on_replay, no_play, tmp_path):
+    finetune(*on_replay, "--checkpoint", pretrained(script), cwd=tmp_path)
+    found = result(tmp_path, script.removeprefix("pretrain_").removesuffix(".py"))
+    assert found["checkpoint"] == str(pretrained(script))
 
 
-def test_baselines_and_names(pretrained, tmp_path):
-    """random and e2e without a checkpoint; an unfrozen or named one cannot be mistaken for the method itself."""
-    run("finetune_bc.py", *QUICK, cwd=tmp_path)
-    run("finetune_bc.py", *QUICK, "--no-freeze-backbone", cwd=tmp_path)
-    run("finetune_bc.py", *QUICK, "--no-freeze-backbone", "--checkpoint", pretrained, cwd=tmp_path)
-    run("finetune_bc.py", *QUICK, "--method", "mine", "--checkpoint", pretrained, "--seed", 3, cwd=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "results" / "bc").iterdir()) == ["atc_e2e", "e2e", "mine", "random"]
-    assert result(tmp_path, "mine", seed=3)["seed"] == 3
-    assert result(tmp_path, "random")["checkpoint"] is None
+def test_baselines_and_names(pretrained, on_replay, no_play, tmp_path):
+    """random and e2e without a checkpoint; one that is unfrozen or has a name is not taken for the method itself."""
+    finetune(*on_replay, cwd=tmp_path)
+    finetune(*on_replay, "--no-freeze-backbone", cwd=tmp_path)
+    finetune(*on_replay, "--no-freeze-backbone", "--checkpoint", pretrained(), cwd=tmp_path)
+    finetune(*on_replay, "--method", "mine", "--checkpoint", pretrained(), "--seed", 3, cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "results" / "bc").iterdir()) == ["bc_e2e", "e2e", "mine", "random"]
+    assert result(tmp_path, "mine", "pong", 3)["seed"] == 3
+    random = result(tmp_path, "random")
+    assert random["checkpoint"] is random["backbone"] is random["pretraining"] is None
     end_to_end = torch.load(tmp_path / "runs" / "finetune_bc__e2e__pong__0" / "policy.pt", weights_only=True)
     torch.manual_seed(0)
     initial = bc.ResNet(0.125, (1, 1, 1, 1)).state_dict()
@@ -74,145 +105,320 @@ def test_baselines_and_names(pretrained, tmp_path):
     assert not any(torch.equal(x, initial[name]) for name, x in end_to_end["backbone"].items())
 
 
-def test_what_is_done_is_skipped_and_the_seed_decides(tmp_path):
-    args = (*QUICK, "--max-episode-steps", 300, "--precision", "fp32")
-    run("finetune_bc.py", *args, cwd=tmp_path)
-    path = tmp_path / "results" / "bc" / "random" / "pong" / "seed0.json"
-    policy = tmp_path / "runs" / "finetune_bc__random__pong__0" / "policy.pt"
-    content, before, saved = path.read_text(), path.stat().st_mtime_ns, torch.load(policy, weights_only=True)
-    done = run("finetune_bc.py", *args, cwd=tmp_path)
-    assert "is there already" in done.stdout and path.stat().st_mtime_ns == before
-    done = run("finetune_bc.py", *args, "--learning-rate", 0.5, cwd=tmp_path, code=1)
-    assert "was made with {'learning_rate': 0.001}" in done.stderr
-    done = run("finetune_bc.py", *args, "--data-dir", "data", cwd=tmp_path, code=1)  # that was random play
-    assert "was made with {'play_rows': 150}" in done.stderr
-    run("finetune_bc.py", *args, "--overwrite", cwd=tmp_path)
-    assert path.stat().st_mtime_ns > before
-    assert_equal(torch.load(policy, weights_only=True), saved)
-    assert json.loads(path.read_text())["episode_scores"] == json.loads(content)["episode_scores"]
-    run("finetune_bc.py", *args, "--seed", 1, cwd=tmp_path)
-    other = torch.load(tmp_path / "runs" / "finetune_bc__random__pong__1" / "policy.pt", weights_only=True)
-    assert not torch.equal(other["head"]["weight"], saved["head"]["weight"])
+def test_a_result_knows_its_backbone_pretraining_and_data(pretrained, on_replay, replay, no_play, tmp_path):
+    """A digest of the weights, whatever the file's path; how far its training was; where both data sets are from."""
+    moved = tmp_path / "elsewhere" / "moved.pt"
+    moved.parent.mkdir()
+    shutil.copy(pretrained(), moved)
+    for name, path in {"one": pretrained(), "same": moved, "other": pretrained(seed=1)}.items():
+        finetune(*on_replay, "--checkpoint", path, "--method", name, cwd=tmp_path)
+    one, same, other = (result(tmp_path, name) for name in ("one", "same", "other"))
+    assert one["backbone"] == same["backbone"] != other["backbone"] and len(one["backbone"]) == 8
+    assert one["pretraining"] == {"step": 2, "total_steps": 2, "data": "random_play"}
+    assert one["data"] == "dqn_replay"
+
+    (tmp_path / "jat").mkdir()
+    shutil.copytree(replay / "Pong", tmp_path / "jat" / "Pong")
+    (tmp_path / "jat" / "source.json").write_text('{"pong": "jat", "qbert": "rl_unplugged"}')
+    finetune(*on_replay, "--data-dir", tmp_path / "jat", "--method", "jat", cwd=tmp_path)
+    assert result(tmp_path, "jat")["data"] == "jat"
 
 
-def test_a_result_that_came_meanwhile_is_kept(monkeypatch, capsys, tmp_path):
-    """Another process ends the same run while this one prepares its data."""
-    args = (*QUICK, "--max-episode-steps", 5)
-    (tmp_path / "other").mkdir()
-    run("finetune_bc.py", *args, cwd=tmp_path / "other")
-    path = tmp_path / "results" / "bc" / "random" / "pong" / "seed0.json"
-    prepare = bc.prepare
-
-    def prepare_and_wait(*given):
-        shutil.copytree(tmp_path / "other" / "results", tmp_path / "results")
-        return prepare(*given)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bc, "prepare", prepare_and_wait)
-    bc.finetune(bc.tyro.cli(bc.Args, args=[*map(str, args)]))
-    assert "is there already" in capsys.readouterr().out
-    other = tmp_path / "other" / path.relative_to(tmp_path)
-    assert path.stat().st_mtime_ns == other.stat().st_mtime_ns  # not made again: that would give the same content
-
-
-def test_killed_run_leaves_no_result_and_is_done_again(tmp_path):
-    args = (*QUICK, "--max-episode-steps", 5, "--epochs", 60)
-    process = start("finetune_bc.py", *args, cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("runs/*/events*")), process)
-    time.sleep(0.5)
-    process.kill()
-    process.wait()
-    assert not list(tmp_path.glob("results/**/*.json"))
-    run("finetune_bc.py", *args, cwd=tmp_path)
-    assert result(tmp_path, "random")["args"]["epochs"] == 60
+def test_the_same_in_other_words_is_skipped(pretrained, replay, no_play, capsys, tmp_path):
+    shutil.copytree(pretrained().parent, tmp_path / "runs" / "pretrain_bc__0")
+    (tmp_path / "data").symlink_to(replay)
+    relative = ("--checkpoint", "runs/pretrain_bc__0/checkpoint.pt", "--data-dir", "data")
+    absolute = ("--checkpoint", tmp_path / "runs/pretrain_bc__0/checkpoint.pt", "--data-dir", replay)
+    finetune(*QUICK, *FEW, *relative, "--game", "MsPacman", cwd=tmp_path)
+    path = result_path(tmp_path, "bc", "ms_pacman")
+    before = path.stat().st_mtime_ns
+    for words in [
+        (*absolute, "--game", "ms_pacman"),
+        (*absolute, "--game", "mspacman", "--method", "bc"),
+        (*relative, "--game", "ms_pacman", "--cache-dir", "other"),
+    ]:
+        capsys.readouterr()
+        finetune(*QUICK, *FEW, *words, cwd=tmp_path)
+        assert "seed0.json is there already" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before
 
 
-def test_another_run_of_the_same_name_is_kept(tmp_path):
-    """Other arguments, with results elsewhere: the first run's logs and policy stay."""
-    run("finetune_bc.py", *QUICK, cwd=tmp_path)
-    run_dir = tmp_path / "runs" / "finetune_bc__random__pong__0"
-    before = (run_dir / "policy.pt").read_bytes()
-    args = (*QUICK, "--learning-rate", 0.5, "--results", "elsewhere")
-    done = run("finetune_bc.py", *args, cwd=tmp_path, code=1)
-    assert "args.json was made with {'learning_rate': 0.001}" in done.stderr
-    assert (run_dir / "policy.pt").read_bytes() == before
-    run("finetune_bc.py", *args, "--method", "fast", cwd=tmp_path)
-    assert (tmp_path / "elsewhere" / "bc" / "fast" / "pong" / "seed0.json").exists()
-    assert (run_dir / "policy.pt").read_bytes() == before
+def test_other_values_are_refused(pretrained, on_replay, replay, no_play, tmp_path):
+    """Other weights at the same path, other data, other settings: a line, and the result stays as it is."""
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(pretrained(), path)
+    args = (*on_replay, "--checkpoint", path)
+    finetune(*args, "--method", "mine", cwd=tmp_path)
+    content = result_path(tmp_path, "mine").read_text()
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(replay / "Pong", tmp_path / "copy" / "Pong")
+
+    def refused(*changes) -> str:
+        with pytest.raises(SystemExit, match=r"seed0\.json was made with .* or --overwrite\.$") as end:
+            finetune(*args, "--method", "mine", *changes, cwd=tmp_path)
+        assert result_path(tmp_path, "mine").read_text() == content
+        return str(end.value)
+
+    assert "'epochs': 1}" in refused("--epochs", 2)
+    assert "'data_dir'" in refused("--data-dir", tmp_path / "copy")
+    shutil.copy(pretrained(seed=1), path)
+    assert f"'backbone': '{json.loads(content)['backbone']}'" in refused()
+    assert "'game'" not in refused()
+    finetune(*args, "--method", "mine", "--overwrite", cwd=tmp_path)
+    assert result(tmp_path, "mine")["backbone"] != json.loads(content)["backbone"]
+
+
+def test_unfinished_pretraining_is_told(pretrained, on_replay, no_play, capsys, tmp_path):
+    state = torch.load(pretrained(), weights_only=True)
+    state["step"] = 1
+    torch.save(state, tmp_path / "early.pt")
+    finetune(*on_replay, "--checkpoint", pretrained(), "--method", "whole", cwd=tmp_path)
+    assert "Unfinished" not in capsys.readouterr().out
+    finetune(*on_replay, "--checkpoint", tmp_path / "early.pt", "--method", "early", cwd=tmp_path)
+    assert "Unfinished pre-training: 1 of 2 steps" in capsys.readouterr().out
+    assert result(tmp_path, "early")["pretraining"]["step"] == 1
+    assert result(tmp_path, "early")["backbone"] == result(tmp_path, "whole")["backbone"]
+
+
+def test_smoke_tests_are_marked(pretrained, cache, on_replay, no_play, tmp_path):
+    """Played data, in either training, or another evaluation than the benchmark's."""
+    protocol = ("--eval-episodes", 100, "--max-episode-steps", 27_000)
+    state = torch.load(pretrained(), weights_only=True)
+    state["args"]["data"] = "dqn_replay"
+    torch.save(state, tmp_path / "real.pt")
+    played = (*QUICK, "--game", "pong", "--play-rows", 1000, "--cache-dir", cache)
+    for name, args in {
+        "real": (*on_replay, *protocol, "--checkpoint", tmp_path / "real.pt"),
+        "random": (*on_replay, *protocol),
+        "played": (*played, *protocol, "--checkpoint", tmp_path / "real.pt"),
+        "pretrained_on_play": (*on_replay, *protocol, "--checkpoint", pretrained()),
+        "episodes": (*on_replay, *protocol, "--eval-episodes", 99),
+        "steps": (*on_replay, *protocol, "--max-episode-steps", 26_999),
+        "epsilon": (*on_replay, *protocol, "--epsilon", 0.01),
+    }.items():
+        finetune(*args, "--method", name, cwd=tmp_path)
+        assert result(tmp_path, name)["smoke_test"] is (name not in ("real", "random")), name
+
+
+def test_a_run_that_is_cut_off_leaves_no_result(on_replay, monkeypatch, tmp_path):
+    """The same command then makes it."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bc, "play_episodes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(*on_replay, cwd=tmp_path)
+    assert not result_path(tmp_path, "random").exists()
+    monkeypatch.setattr(bc, "play_episodes", lambda *_: (np.full(2, 3.0), []))
+    finetune(*on_replay, cwd=tmp_path)
+    assert result(tmp_path, "random")["score"] == 3
+
+
+def test_the_seed_decides(on_replay, no_play, tmp_path):
+    """Two runs with the same seed are bitwise equal."""
+    policies = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        finetune(*on_replay, "--method", name, "--seed", seed, cwd=tmp_path)
+        path = tmp_path / "runs" / f"finetune_bc__{name}__pong__{seed}" / "policy.pt"
+        policies.append(torch.load(path, weights_only=True))
+    for part, state in policies[0].items():
+        for name, x in state.items():
+            assert torch.equal(x, policies[1][part][name])
+    assert not torch.equal(policies[0]["head"]["weight"], policies[2]["head"]["weight"])
+
+
+def make_replay(folder: Path, lengths: list[int], padding: int) -> tuple[list[bytes], list[int]]:
+    """Writes a replay of episodes; returns the stacks, zero before an episode's start, and actions of its real rows."""
+    rng = np.random.default_rng(0)
+    columns, stacks, taken = {"observation": [], "action": [], "reward": [], "terminal": []}, [], []
+    blank = np.zeros((84, 84), np.uint8)
+    for length in lengths:
+        frames = [blank] * 3 + [rng.integers(0, 256, (84, 84), dtype=np.uint8) for _ in range(length)]
+        actions = rng.integers(0, 5, length).tolist()
+        columns["observation"] += frames[3 - padding :]
+        columns["action"] += [0] * padding + actions
+        columns["reward"] += [0.0] * (padding + length)
+        columns["terminal"] += [0] * (padding + length - 1) + [1]
+        stacks += [np.stack(frames[i : i + 4]).tobytes() for i in range(length)]
+        taken += actions
+    write_replay(folder, "klax", {field: [*column, column[-1]] for field, column in columns.items()})
+    return stacks, taken
+
+
+@pytest.mark.parametrize(("padding", "offset"), [(3, 0), (3, 1), (0, 0)])
+def test_an_epoch_visits_each_transition_once(padding, offset, no_play, monkeypatch, tmp_path):
+    """Stacks and actions are the replay's, frames of earlier episodes zeroed; the last batch is short."""
+    lengths = [5, 1, 30, 24]
+    stacks, actions = make_replay(tmp_path / "data", lengths, padding)
+    if padding == 0:  # nothing tells that the file begins with an episode: its first rows lack their history
+        stacks, actions = stacks[3:], actions[3:]
+    seen, targets, cross_entropy = [], [], bc.F.cross_entropy
+
+    def augment(given):
+        seen.extend(given)
+        return given / 255
+
+    def loss(logits, target):
+        targets.append(target)
+        return cross_entropy(logits, target)
+
+    monkeypatch.setattr(bc, "augment", augment)
+    monkeypatch.setattr(bc.F, "cross_entropy", loss)
+    rows = sum(lengths) + padding * len(lengths)
+    data = ("--data-dir", tmp_path / "data", "--runs", 1, "--checkpoints", 1, "--num-transitions", rows)
+    few = ("--game", "klax", "--epochs", 2, "--batch-size", 16, "--action-offset", offset)
+    finetune(*QUICK, *data, *few, cwd=tmp_path)
+    n = len(stacks)
+    assert [len(target) for target in targets] == 2 * [16, 16, 16, n - 48]
+    found = [(stack.numpy().tobytes(), int(a)) for stack, a in zip(seen, torch.cat(targets), strict=True)]
+    expected = sorted((stack, action + offset) for stack, action in zip(stacks, actions, strict=True))
+    assert sorted(found[:n]) == sorted(found[n:]) == expected
+    assert found[:n] != found[n:]  # in another order
+
+
+def test_few_shot_reads_the_same_number_of_rows_of_each_run(replay, no_play, capsys, tmp_path):
+    """The benchmark's 5 runs of checkpoint 50, of one of them 49; 250 rows in all are 50 of each."""
+    for i in range(1, 6):
+        for path in (replay / "Freeway" / "1" / "replay_logs").iterdir():
+            name = path.name.replace("ckpt.1", f"ckpt.{49 if i == 3 else 50}")
+            target = tmp_path / "data" / "Freeway" / str(i) / "replay_logs" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    few_shot = ("--data-dir", tmp_path / "data", "--num-transitions", 250)
+    finetune(*QUICK, "--game", "Freeway", *few_shot, cwd=tmp_path)
+    out = capsys.readouterr().out
+    assert "checkpoint 49 of run 3 stands in for checkpoint 50" in out
+    assert f"on {5 * (50 - 3)} transitions" in out  # the first rows of this replay have no history
+
+
+class LongGame:
+    """Environments whose episodes last 2,000 steps, and take no time."""
+
+    single_action_space = bc.AtariVectorEnv("pong", 1).single_action_space
+
+    def __init__(self, game, episodes, **_):
+        self.episodes, self.step_number = episodes, 0
+
+    def reset(self, seed):
+        return np.zeros((self.episodes, 4, 84, 84), np.uint8), {}
+
+    def step(self, actions):
+        self.step_number += 1
+        stacks = np.full((self.episodes, 4, 84, 84), self.step_number % 256, np.uint8)
+        done = np.full(self.episodes, self.step_number == 2000)
+        return stacks, np.ones(self.episodes), done, np.zeros_like(done), {}
+
+
+def test_a_film_ends_after_two_minutes(monkeypatch):
+    monkeypatch.setattr(bc, "AtariVectorEnv", LongGame)
+    args = bc.Args("pong", eval_episodes=1, video=True)
+    scores, frames = bc.play_episodes("pong", lambda stacks, *_: np.zeros((len(stacks), 18)), args)
+    assert scores.tolist() == [2000]
+    assert [int(frame[0, 0]) for frame in frames] == [i % 256 for i in range(1800)]
+
+
+def test_the_result_comes_before_the_film(on_replay, no_play, monkeypatch, tmp_path):
+    def save_gif(path, frames):
+        assert result(tmp_path, "random")["score"] == 3
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bc, "save_gif", save_gif)
+    with pytest.raises(OSError, match="disk full"):
+        finetune(*on_replay, "--video", cwd=tmp_path)
+    assert result(tmp_path, "random")["score"] == 3
+
+
+@pytest.fixture
+def policies(monkeypatch):
+    """The policies that are made, each with a copy of its backbone's state before training."""
+    made = []
+
+    class Policy(bc.Policy):
+        def __init__(self, backbone):
+            super().__init__(backbone)
+            made.append((self, copy.deepcopy(backbone.state_dict())))
+
+    monkeypatch.setattr(bc, "Policy", Policy)
+    return made
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norm_may_take_the_norms_place(frozen, on_replay, policies, monkeypatch, tmp_path):
+    """A frozen backbone keeps its running statistics; in evaluation, a stack has the same values alone and among 8."""
+
+    def play(game, policy, args):
+        stacks = np.random.default_rng(0).integers(0, 256, (8, 4, 84, 84), dtype=np.uint8)
+        np.testing.assert_allclose(policy(stacks)[3:4], policy(stacks[3:4]), rtol=1e-3, atol=1e-3)
+        return np.zeros(args.eval_episodes), []
+
+    monkeypatch.setattr(bc, "Norm", nn.BatchNorm2d)
+    monkeypatch.setattr(bc, "play_episodes", play)
+    finetune(*on_replay, "--freeze-backbone" if frozen else "--no-freeze-backbone", cwd=tmp_path)
+    [(policy, before)] = policies
+    after = policy.backbone.state_dict()
+    assert any("running_mean" in name for name in before)
+    for name, x in before.items():
+        if frozen or "running_mean" in name:
+            assert torch.equal(x, after[name]) == frozen, name
+
+
+def theirs(backbone: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """A backbone's state as the authors' files have it."""
+    state = {"stem.0.weight": backbone.conv1.weight.detach()}
+    state |= {name.replace("downsample", "shortcut"): x for name, x in backbone.state_dict().items()}
+    return {prefix + name: x for name, x in state.items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_the_authors_checkpoints(prefix, tmp_path):
-    """Their .pth: prefixes of wrappers, the first convolution twice, `shortcut` for `downsample`, no name in it."""
-    ours = bc.ResNet(0.125, (1, 2, 1, 1))
-    theirs = {"stem.0.weight": ours.conv1.weight.detach()}
-    theirs |= {name.replace("downsample", "shortcut"): x for name, x in ours.state_dict().items()}
-    content = {"backbone": {prefix + name: x for name, x in theirs.items()}, "neck": {}, "head": {}, "optimizer": {}}
-    torch.save(content, tmp_path / "siammae_100.pth")
-    loaded = bc.ResNet(0.125, (1, 2, 1, 1))
-    assert bc.load_backbone(loaded, tmp_path / "siammae_100.pth") == "siammae_100"
-    assert_equal(dict(loaded.state_dict()), dict(ours.state_dict()))
+def test_the_authors_checkpoints(prefix, on_replay, no_play, tmp_path):
+    """Prefixes of wrappers, the first convolution twice, `shortcut` for `downsample`; DT's has NumPy scalars."""
+    ours = bc.ResNet(0.125, (1, 1, 1, 1))
+    path = tmp_path / "siammae" / "latest.pth"
+    path.parent.mkdir()
+    max_rtg = {np.int64(3): np.float64(1.0), np.int64(4): np.float32(2.5)}
+    torch.save(dict(backbone=theirs(ours, prefix), neck={prefix + "a": torch.ones(1)}, max_rtg=max_rtg), path)
+    content = bc.load_checkpoint(path)
+    assert content["max_rtg"] == {3: 1.0, 4: 2.5} and content["neck"].keys() == {"a"}
+    loaded = bc.ResNet(0.125, (1, 1, 1, 1))
+    loaded.load_state_dict(content["backbone"])
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in ours.state_dict().items())
+    if not prefix:
+        with contextlib.chdir(path.parent):
+            finetune(*on_replay, "--checkpoint", "latest.pth", "--results", tmp_path / "results", cwd=path.parent)
+        assert result(tmp_path, "siammae")["pretraining"] is None  # the folder's name
 
 
 def test_bad_checkpoints(pretrained, tmp_path):
-    """Missing, damaged, of another width, of another kind, with code in it: a line that names the file."""
-    (tmp_path / "damaged.pt").write_bytes(pretrained.read_bytes()[:5000])
+    """Missing, damaged, of another kind, with code in it, of another width: one line that names the file."""
+    (tmp_path / "damaged.pt").write_bytes(pretrained().read_bytes()[:5000])
+    (tmp_path / "empty.pt").touch()
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save([1, 2, 3], tmp_path / "list.pt")
-    torch.save(torch.load(pretrained, weights_only=True) | {"extra": Bomb()}, tmp_path / "bomb.pt")
-    (tmp_path / "empty.pt").touch()
-    torch.save({"backbone": {"conv1.weight": 1}}, tmp_path / "number.pt")
-    for name in ("missing.pt", "empty.pt", "damaged.pt", "other.pt", "list.pt", "bomb.pt", "number.pt"):
-        done = run("finetune_bc.py", *QUICK, "--checkpoint", name, cwd=tmp_path, code=1)
-        assert f"{name} cannot be used" in done.stderr
-    assert not (tmp_path / "exploded").exists()
-    done = run("finetune_bc.py", *QUICK, "--checkpoint", pretrained, "--width-multiplier", 0.25, cwd=tmp_path, code=1)
-    assert "--width-multiplier and --blocks" in done.stderr and str(pretrained) in done.stderr
+    torch.save({"backbone": {}, "max_rtg": {3: Bomb()}}, tmp_path / "bomb.pt")
+    torch.save({"backbone": {}, "max_rtg": {3: np.random.default_rng}}, tmp_path / "function.pt")
+    for name in ("missing.pt", "empty.pt", "damaged.pt", "other.pt", "list.pt", "bomb.pt", "function.pt"):
+        with pytest.raises(SystemExit, match=rf"{name} is no checkpoint of .*") as end:
+            finetune(*QUICK, "--game", "pong", "--checkpoint", tmp_path / name, cwd=tmp_path)
+        assert "\n" not in str(end.value)
+    assert not (tmp_path / "exploded").exists() and not os.path.exists("exploded")
+    with pytest.raises(SystemExit, match="another network: set --width-multiplier and --blocks"):
+        finetune(*QUICK, "--game", "pong", "--checkpoint", pretrained(), "--width-multiplier", 0.25, cwd=tmp_path)
     assert not list(tmp_path.glob("results/**/*.json"))
 
 
-def test_few_shot_reads_the_same_number_of_rows_of_each_run(cache, tmp_path):
-    """The benchmark's layout of 5 runs, checkpoint 50 (of one run 49), 250 rows in all: 50 from each."""
-    played = cache / "played_1000" / "Freeway" / "1" / "replay_logs"
-    for i in range(1, 6):
-        for field in ("observation", "action", "reward", "terminal"):
-            name = f"$store$_{field}_ckpt.{49 if i == 3 else 50}.gz"
-            target = tmp_path / "data" / "Freeway" / str(i) / "replay_logs" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(played / f"$store$_{field}_ckpt.1.gz", target)
-    args = ("--game", "Freeway", *SMALL, *SHORT, "--data-dir", tmp_path / "data", "--num-transitions", 250)
-    done = run("finetune_bc.py", *args, cwd=tmp_path)
-    assert "on 235 transitions" in done.stdout  # 47 real rows of 50, each a sample: the file begins with an episode
-    assert "No --data-dir" not in done.stdout
-    shard = next((tmp_path / "cache" / "prepared").glob("freeway_3_50_*.npy"))
-    assert len(np.load(shard)) == 50
-
-
-def test_actions_of_another_game_are_refused(cache, tmp_path):
-    """Ms. Pac-Man's replay has actions that Freeway has not."""
-    (tmp_path / "data").mkdir()
-    shutil.copytree(cache / "played_1000" / "MsPacman", tmp_path / "data" / "Freeway")
-    data = ("--data-dir", tmp_path / "data", "--runs", 1, "--checkpoints", 1, "--num-transitions", 200)
-    done = run("finetune_bc.py", "--game", "freeway", *SMALL, *SHORT, *data, cwd=tmp_path, code=1)
-    assert "freeway only 3 actions" in done.stderr
-
-
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "message"),
     [
-        ([], 2, "--game"),
-        (["--game", "chess"], 1, "Unknown game 'chess'"),
-        (["--game", "pong", "--epochs", "0"], 1, "--epochs must be at least 1"),
-        (["--game", "pong", "--eval-episodes", "0"], 1, "--eval-episodes must be at least 1"),
-        (["--game", "pong", "--epsilon", "2"], 1, "--epsilon"),
-        (["--game", "pong", "--seed", "-1"], 1, "--seed must be at least 0"),
-        (["--game", "pong", "--method", "a/b"], 1, "--method"),
-        (["--game", "pong", "--device", "cuda"], 1, "cuda cannot be used"),
-        (["--game", "pong", "--runs", "1", "1", "--data-dir", "."], 1, "--runs"),
-        (["--game", "pong", "--data-dir", "nowhere"], 1, "nowhere/Pong/1/replay_logs"),
+        (["--game", "chess"], "^Unknown game 'chess'"),
+        (["--epochs", 0], "^--epochs must be at least 1"),
+        (["--eval-episodes", 0], "^--eval-episodes must be at least 1"),
+        (["--runs"], "at least one of --runs"),
+        (["--data-dir", "nowhere"], "nowhere/Pong lacks files of run 1, checkpoint 1"),
+        (["--num-transitions", 0], "one row to read"),
     ],
 )
-def test_bad_arguments(args, code, message, tmp_path):
-    done = run("finetune_bc.py", *args, cwd=tmp_path, code=code)
-    assert message in done.stderr + done.stdout
+def test_bad_arguments(args, message, on_replay, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        finetune(*on_replay, *args, cwd=tmp_path)
     assert not list(tmp_path.glob("results/**/*.json"))
