@@ -343,8 +343,7 @@ class Graph:
     """Calls a function of tensors with arrays. On CUDA, the first call captures its kernels; all calls replay them."""
 
     def __init__(self, function, device: torch.device, state: tuple | list = ()):
-        self.function, self.device, self.graph = function, device, None
-        self.state = state  # tensors that the function changes
+        self.function, self.device, self.graph, self.state = function, device, None, state  # tensors that it changes
 
     def capture(self, arrays: dict[str, np.ndarray]) -> None:
         self.pinned = {name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}
@@ -789,7 +788,6 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
 
 
 def finetune(args: Args) -> None:
-    # What is to be done, and where it goes
     check(args)
     args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
     args.save_replay = args.save_replay and args.save_replay.resolve()
@@ -829,6 +827,8 @@ def finetune(args: Args) -> None:
 
     writer = SummaryWriter(run_dir, purge_step=replay.rows + 1)  # hides what was logged after the checkpoint
     (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
+    table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
+    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
     print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}", flush=True)
     train(model, replay, env, writer, plain_args, checkpoint)
 
