@@ -4,8 +4,9 @@
     python benchmarks/study.py --scale cpu        about an hour on 2 cores
 
 1. data       Rainbow agents with the Nature CNN learn each game with sticky actions. What they play is the data.
-2. pretrain   Each method pre-trains the same small ResNet on the ID games. All see the same number of stacks of frames.
-3. finetune   Behaviour cloning of each game, from each checkpoint, from a random backbone and from scratch. And probes.
+2. pretrain   Each method pre-trains the same small ResNet on the ID games, on the same number of stacks of frames.
+3. finetune   Behaviour cloning of each game whose agent is better than random play: from each checkpoint, from a random
+              backbone (random) and from scratch (e2e). And linear probes of the checkpoints.
 4. report     A page with settings, times, scores, IQM, probes, and what they say of the paper's claims (2406.06037).
 
 The same command goes on where it was cut off: what is done is kept, and a pre-training goes on from its checkpoint.
@@ -38,8 +39,8 @@ STACKS["cql"] = 2  # stacks of frames in a sample
 SMALLER = {"spr": 4, "spr_idm": 4, "dt": 8}  # batches of long samples are smaller by this factor, as in the benchmark
 GAMES = ("freeway", "boxing", "road_runner", "breakout", "assault", "pong", "surround")
 SCALES = {
-    "gpu": dict(width_multiplier=0.5, blocks=(2, 2, 2, 2), play_steps=60_000, updates_per_step=0.25, stacks=800_000)
-    | dict(batch_size=512, transitions=5_000, epochs=10, episodes=20, episode_steps=2_000, seeds=3, jobs=10)
+    "gpu": dict(width_multiplier=0.5, blocks=(2, 2, 2, 2), play_steps=50_000, updates_per_step=0.25, stacks=800_000)
+    | dict(batch_size=512, transitions=5_000, epochs=10, episodes=20, episode_steps=1_000, seeds=3, jobs=10)
     | dict(games=GAMES, methods=tuple(STACKS)),
     "cpu": dict(width_multiplier=0.25, blocks=(1, 1, 1, 1), play_steps=6_000, updates_per_step=0.4, stacks=12_800)
     | dict(batch_size=64, transitions=1_000, epochs=5, episodes=10, episode_steps=500, seeds=2, jobs=2)
@@ -120,6 +121,30 @@ def play(args: Args) -> int:
     return run_all(args, "data", tasks)
 
 
+def table(*rows: list) -> str:
+    header, *rows = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * (header.count("|") - 1), *rows])
+
+
+def data_agents(args: Args) -> tuple[list[str], str]:
+    """The games whose agent is better than random play, and a table of the scores."""
+    if args.data_dir:
+        return list(args.games), "Played by others."
+    better, rows = [], [["game", "agent", "random play", "better than random play"]]
+    for game in args.games:
+        means, errors = [], []
+        for player, seed in (("nature", 1), ("random_play", 0)):
+            path = args.folder / f"agents/rainbow/{player}/{game}/seed{seed}.json"
+            scores = json.loads(path.read_text())["episode_scores"]
+            means.append(np.mean(scores))
+            errors.append(np.std(scores, ddof=1) / np.sqrt(len(scores)))
+        if means[0] - means[1] > 2 * np.hypot(*errors):
+            better.append(game)
+        cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in zip(means, errors, strict=True)]
+        rows.append([game, *cells, "yes" if game in better else "**no**"])
+    return better, table(*rows)
+
+
 def data_and_network(args: Args, pretraining: bool) -> list:
     """Pre-training reads all of a replay's checkpoints, fine-tuning the last one. A file's last row is never read."""
     flags = ["--width-multiplier", args.width_multiplier, "--blocks", *args.blocks]
@@ -145,6 +170,7 @@ def pretrain(args: Args) -> int:
 
 
 def finetune(args: Args) -> int:
+    games = data_agents(args)[0] or args.games  # cloning an agent that plays at random tells nothing
     checkpoints = {method: f"runs/{method}/checkpoint.pt" for method in args.methods}
     backbones = {"random": [], "e2e": ["--no-freeze-backbone"]}
     backbones |= {method: ["--checkpoint", checkpoint] for method, checkpoint in checkpoints.items()}
@@ -152,7 +178,7 @@ def finetune(args: Args) -> int:
     shared += ["--eval-episodes", args.episodes, "--max-episode-steps", args.episode_steps, "--no-compile"]
     shared += data_and_network(args, pretraining=False)
     tasks = {}
-    for seed, game, (method, backbone) in product(range(args.seeds), args.games, backbones.items()):
+    for seed, game, (method, backbone) in product(range(args.seeds), games, backbones.items()):
         command = ["finetune_bc.py", "--game", game, "--seed", seed, *backbone, *shared]
         tasks[f"finetune_{method}_{game}_{seed}"] = command
     tasks["probe"] = ["eval_probe.py", "--models", *checkpoints.values(), *data_and_network(args, pretraining=True)]
@@ -186,7 +212,8 @@ What limits this:
 ## Data agents
 
 Mean score ± standard error, in an evaluation as after fine-tuning. An agent is better than random play if the
-difference is more than two standard errors. Other games are left out of the IQMs and of the claims.
+difference is more than two standard errors. Other games serve pre-training alone: to clone them would tell nothing. If
+no agent is better, all games are fine-tuned on, and nothing is concluded.
 
 {agents}
 
@@ -214,28 +241,6 @@ Means over the seeds, not normalised.
 
 {times}
 """
-
-
-def table(*rows: list) -> str:
-    header, *rows = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([header, "|" + "---|" * (header.count("|") - 1), *rows])
-
-
-def data_agents(args: Args) -> tuple[list[str], str]:
-    """The games whose agent is better than random play, and a table of their scores."""
-    better, rows = [], [["game", "agent", "random play", "better than random play"]]
-    for game in args.games:
-        means, errors = [], []
-        for player, seed in (("nature", 1), ("random_play", 0)):
-            path = args.folder / f"agents/rainbow/{player}/{game}/seed{seed}.json"
-            scores = json.loads(path.read_text())["episode_scores"]
-            means.append(np.mean(scores))
-            errors.append(np.std(scores, ddof=1) / np.sqrt(len(scores)))
-        if means[0] - means[1] > 2 * np.hypot(*errors):
-            better.append(game)
-        cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in zip(means, errors, strict=True)]
-        rows.append([game, *cells, "yes" if game in better else "**no**"])
-    return better, table(*rows)
 
 
 def judge(methods: list[str], games: list[str], x: np.ndarray, resamples: int) -> list[list[str]]:
@@ -278,14 +283,14 @@ def judge(methods: list[str], games: list[str], x: np.ndarray, resamples: int) -
 
 
 def report(args: Args) -> None:
-    better, agents = (args.games, "Played by others.") if args.data_dir else data_agents(args)
-    games = [game for game in args.games if game in better] or args.games
+    better, agents = data_agents(args)
+    games = better or args.games
     methods, results = ["random", "e2e", *args.methods], {}
-    for method, game, seed in product(methods, args.games, range(args.seeds)):
+    for method, game, seed in product(methods, games, range(args.seeds)):
         path = args.folder / f"results/bc/{method}/{game}/seed{seed}.json"
         results[method, game, seed] = json.loads(path.read_text())
     with open(args.folder / "scores.csv", "w", newline="") as file:
-        rows = [["bc", *key, result["score"]] for key, result in results.items() if key[1] in games]
+        rows = [["bc", *key, result["score"]] for key, result in results.items()]
         csv.writer(file).writerows([eval_iqm.KEYS, *rows])
     flags = ["--csv", "scores.csv", "--methods", *methods, "--resamples", str(args.resamples)]
     subprocess.run([sys.executable, ROOT / "eval_iqm.py", *flags], cwd=args.folder, check=True)
@@ -294,9 +299,9 @@ def report(args: Args) -> None:
     x = np.reshape(x, (len(methods), len(games), args.seeds))
     claims = judge(methods, games, x, args.resamples) if better else [["all", "no agent is better", "**cannot tell**"]]
     scores = [["game", *methods]]
-    for game in args.games:
+    for game in games:
         means = [np.mean([results[method, game, seed]["score"] for seed in range(args.seeds)]) for method in methods]
-        scores.append([game + " (left out)" * (game not in games), *(f"{mean:.2f}" for mean in means)])
+        scores.append([game, *(f"{mean:.2f}" for mean in means)])
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     settings = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in asdict(args).items()}
     settings |= {"data_dir": "given" if args.data_dir else "none: games played here"}
