@@ -45,7 +45,7 @@ def args(replay, tmp_path):
 
 
 def test_as_a_user_runs_it(replay, checkpoint, tmp_path):
-    """A random backbone, of two methods a checkpoint each, and a file of the authors'; twice the same."""
+    """A random backbone, of two methods a checkpoint each, and a file of the authors'."""
     weights = torch.load(checkpoint("bc"), weights_only=True)["backbone"]
     (tmp_path / "theirs").mkdir()
     torch.save({"backbone": {f"module.{name}": x for name, x in weights.items()}}, tmp_path / "theirs" / "latest.pth")
@@ -63,11 +63,7 @@ def test_as_a_user_runs_it(replay, checkpoint, tmp_path):
     assert "No --data-dir" not in done.stdout and "| random " in done.stdout and "| no features " in done.stdout
     with Image.open(tmp_path / "reports" / "probe.png") as image:
         assert image.size[0] > image.size[1] > 100
-    files = {path.name: path.read_bytes() for path in (tmp_path / "reports").iterdir()}
-    assert files.keys() == {"probe.json", "probe.md", "probe.png"}
-    with contextlib.chdir(tmp_path):
-        probe.main(probe.tyro.cli(probe.Args, args=[*map(str, (*models, *QUICK, *data, "--device", "cpu"))]))
-    assert (tmp_path / "reports" / "probe.md").read_bytes() == files["probe.md"]
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {"probe.json", "probe.md", "probe.png"}
 
 
 @pytest.mark.parametrize("features", ["backbone", "neck"])
@@ -163,7 +159,7 @@ def test_samples_and_their_split(most, places, args, monkeypatch):
         rows, own = np.fromfile(path, probe.ROW), slice(n * i, n * (i + 1))
         last = len(rows) - 10 + np.array(places)  # rows whose stacks are the samples: 10 are 1% of 987
         assert samples.action[own].tolist() == rows["action"][last].tolist()
-        assert samples.kind[own].tolist() == (3 * samples.game[own] + rows["reward"][last] + 1).tolist()
+        assert samples.kind[own].tolist() == (3 * samples.game[own].numpy() + rows["reward"][last] + 1).tolist()
         assert set(samples.game[own].tolist()) == {sorted(paths).index(game_id)}
         assert samples.test[own].tolist() == [place == 9 for place in places]
         assert samples.train[own].tolist() == [place < 6 for place in places]
@@ -235,7 +231,7 @@ class Told:
 def test_probes_tell_what_features_hold_and_nothing_else():
     """Each game by its own layer: in game 1 the features stand for other actions. Signs rare, but told as well."""
     samples = Told()
-    args = probe.Args(epochs=40, learning_rate=5e-3, batch_size=64, resamples=20, rank_resamples=2)
+    args = probe.Args(epochs=20, learning_rate=1e-2, batch_size=64, resamples=20, rank_resamples=2)
     sign = samples.kind % 3
     codes = torch.randn(2, 6, 32)[samples.game, samples.action] + 2 * torch.randn(2, 3, 32)[samples.game, sign]
     offset_and_scale = 100 + 1e-3 * torch.cat([codes, torch.zeros(800, 1)], 1)  # with a unit that never changes
@@ -243,6 +239,7 @@ def test_probes_tell_what_features_hold_and_nothing_else():
     assert found["action"]["value"] > 0.9 and found["reward"]["value"] > 0.9
     constant = probe.without_features(samples)
     noise = probe.measure(torch.randn(800, 32), samples, args)
+    assert probe.measure(offset_and_scale, samples, args) == found  # the seed decides
     assert noise["action"]["low"] < constant["action"]["value"] + 0.05 < 0.35
     assert noise["reward"]["low"] < constant["reward"]["value"] == pytest.approx(1 / 3)
 
