@@ -116,7 +116,7 @@ def test_masked_autoencoders_reconstruct_unseen_frames(tmp_path, random_play):
 
     A mean cell for each game would be hardly better than the mean frame: it takes the place too.
     """
-    equally = {"total_steps": 250, "batch_size": 8, "learning_rate": 8e-4, "mask_ratio": 0.9}
+    equally = {"total_steps": 400, "batch_size": 8, "learning_rate": 8e-4, "mask_ratio": 0.9}
     error, mean_frame_error = Learned("mae", tmp_path, random_play, **equally).masked_errors()
     assert error < 0.5 * mean_frame_error
     error_with_the_past, _ = Learned("siammae", tmp_path, random_play, **equally).masked_errors()
