@@ -76,6 +76,11 @@ class Args:
 
 
 # === processes ========================================================================================================
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def run_all(args: Args, stage: str, tasks: dict[str, list]) -> int:
     """Runs the tasks that are left, args.jobs at a time, and returns their number. A task is done if it has a log."""
     logs = args.folder / "logs"
@@ -100,7 +105,7 @@ def run_all(args: Args, stage: str, tasks: dict[str, list]) -> int:
     clock = time.time()
     with ThreadPoolExecutor(args.jobs) as pool, open(args.folder / "times.jsonl", "a") as times:
         for _ in tqdm(pool.map(run, left), stage, len(left), unit="run", disable=not left):
-            times.write(json.dumps({"stage": stage, "seconds": time.time() - clock}) + "\n")
+            times.write(json.dumps({"stage": stage, "seconds": time.time() - clock, "commit": commit()}) + "\n")
             times.flush()
             clock = time.time()
     return len(left)
@@ -203,6 +208,7 @@ interval, by a stratified bootstrap over the seeds. The scores **support** a cla
 What limits this:
 
 - {kept} games and {seeds} seeds of fine-tuning. With few seeds, the intervals of a bootstrap are too narrow.
+- Near a game's ceiling or floor, where all methods score alike, nothing can be told.
 - A method is pre-trained once. No interval knows what another seed of pre-training would give.
 - A ResNet of width {width_multiplier} with {depth} blocks; the benchmark's has width 1 and 16 blocks.
 - Pre-training sees {stacks:,} stacks of frames; the benchmark's sees 1,000,000,000 or more.
@@ -275,6 +281,7 @@ def judge(methods: list[str], games: list[str], x: np.ndarray, resamples: int) -
         low, high = np.percentile([x[1:] for x in differences.values()], [2.5, 97.5], axis=1)
         ends = zip(differences.items(), low, high, strict=True)
         cells = [f"{name}: {x[0]:.3f} [{least:.3f}, {most:.3f}]" for (name, x), least, most in ends]
+        cells = [cell.replace("nan [nan, nan]", "no such scores") for cell in cells]
         verdict = "support it" if (low > 0).all() else "contradict it" if (high < 0).any() else "cannot tell"
         if seeds == 1 or np.isnan(low).any():
             verdict = "cannot tell"
@@ -302,14 +309,17 @@ def report(args: Args) -> None:
     for game in games:
         means = [np.mean([results[method, game, seed]["score"] for seed in range(args.seeds)]) for method in methods]
         scores.append([game, *(f"{mean:.2f}" for mean in means)])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     settings = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in asdict(args).items()}
     settings |= {"data_dir": "given" if args.data_dir else "none: games played here"}
-    settings |= {"machine": processor(), "commit": commit.stdout.strip() or "unknown"}
+    settings |= {"machine": processor()}
     shown = [item for item in settings.items() if item[0] not in ("stage", "folder", "page")]
     times = [json.loads(line) for line in (args.folder / "times.jsonl").read_text().splitlines()]
-    clock = {stage: [line["seconds"] for line in times if line["stage"] == stage] for stage in STAGES}
-    minutes = [[stage, f"{sum(seconds) / 60:.1f}"] for stage, seconds in clock.items() if seconds]
+    clock = [["stage", "minutes by the clock", "commits of the scripts"]]
+    for stage in STAGES:
+        lines = [line for line in times if line["stage"] == stage]
+        if lines:
+            minutes = sum(line["seconds"] for line in lines) / 60
+            clock.append([stage, f"{minutes:.1f}", " ".join(dict.fromkeys(line["commit"] for line in lines))])
 
     page = args.page or args.folder / "study.md"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +333,7 @@ def report(args: Args) -> None:
         "scores": table(*scores),
         "probes": (args.folder / "reports/probe.md").read_text().split("\n\n", 2)[2].strip(),
         "settings": table(["setting", "value"], *shown),
-        "times": table(["stage", "minutes by the clock"], *minutes),
+        "times": table(*clock),
     }
     page.write_text(PAGE.format(**parts, **asdict(args), kept=len(games), depth=sum(args.blocks), name=page.stem))
     print(f"Written: {page}")
