@@ -11,7 +11,7 @@
 
 The same command goes on where it was cut off: what is done is kept, and a pre-training goes on from its checkpoint.
 Everything is written into --folder. The scripts run as processes of their own, --jobs at a time; what they print is in
-logs/. The minutes on a GPU are an estimate from the scripts' speed: the study has not been run on one.
+logs/. Both times are estimates: these settings have not been run, and nothing of the study on a GPU.
 """
 
 import csv
@@ -37,7 +37,7 @@ eval_iqm = load("eval_iqm")
 STACKS = {"curl": 1, "mae": 1, "atc": 2, "siammae": 2, "r3m": 3, "bc": 1, "spr": 5, "idm": 2, "spr_idm": 5, "dt": 8}
 STACKS["cql"] = 2  # stacks of frames in a sample
 SMALLER = {"spr": 4, "spr_idm": 4, "dt": 8}  # batches of long samples are smaller by this factor, as in the benchmark
-GAMES = ("freeway", "boxing", "road_runner", "breakout", "assault", "pong", "surround")
+GAMES = ("freeway", "boxing", "road_runner", "breakout", "seaquest", "pong", "surround")
 SCALES = {
     "gpu": dict(width_multiplier=0.5, blocks=(2, 2, 2, 2), play_steps=50_000, updates_per_step=0.25, stacks=800_000)
     | dict(batch_size=512, transitions=5_000, epochs=10, episodes=20, episode_steps=1_000, seeds=3, jobs=10)
@@ -218,8 +218,8 @@ What limits this:
 ## Data agents
 
 Mean score ± standard error, in an evaluation as after fine-tuning. An agent is better than random play if the
-difference is more than two standard errors. Other games serve pre-training alone: to clone them would tell nothing. If
-no agent is better, all games are fine-tuned on, and nothing is concluded.
+difference is more than two standard errors. Other games are not fine-tuned on: to clone their agents would tell nothing.
+If no agent is better, all games are fine-tuned on, and nothing is concluded.
 
 {agents}
 
