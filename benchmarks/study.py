@@ -218,7 +218,7 @@ What limits this:
 ## Data agents
 
 Mean score ± standard error, in an evaluation as after fine-tuning. An agent is better than random play if the
-difference is more than two standard errors. Other games are not fine-tuned on: to clone their agents would tell nothing.
+difference is more than two standard errors. Other games are not fine-tuned on: their clones tell nothing.
 If no agent is better, all games are fine-tuned on, and nothing is concluded.
 
 {agents}
