@@ -40,7 +40,7 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | keep_memory | changes
 
 
-def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 600, **changes) -> subprocess.CompletedProcess:
+def run(script: str, *args, cwd: Path, code: int = 0, timeout: float = 3600, **changes) -> subprocess.CompletedProcess:
     """Runs a script in a folder of its own, checks its exit code and returns what it printed."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     options = dict(env=environment(**changes), capture_output=True, text=True, timeout=timeout)
