@@ -504,8 +504,9 @@ class Samples:
             action, reward = (rows[name][HISTORY:][place].astype(int) for name in ("action", "reward"))
             # The last tenth is for the test, as frames next to each other are nearly the same. Samples that share rows
             # with it are left out of the training.
-            test = place >= held_out - held_out // 10
-            train = place < held_out - held_out // 10 - HISTORY
+            tested = max(held_out // 10, 1)
+            test = place >= held_out - tested
+            train = place < held_out - tested - HISTORY
             columns.append([np.full(taken, game_id), action, reward, train, test])
         game_id, self.action, reward, train, test = torch.from_numpy(np.concatenate(columns, 1)).to(self.device)
         self.game = game_id.unique(return_inverse=True)[1]  # [n], 0, 1, ...
