@@ -253,10 +253,9 @@ def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Ten
     """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
     last = len(support) - 1
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
-    lower = position.floor().clamp(max=last - 1)  # so that the last point, too, has a lower neighbour
-    share, lower = position - lower, lower.long()
-    projected = torch.zeros_like(probabilities).scatter_add_(1, lower, probabilities * (1 - share))
-    return projected.scatter_add_(1, lower + 1, probabilities * share)
+    distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
+    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
+    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
 
 
 # === objective: Rainbow ===============================================================================================

@@ -132,8 +132,12 @@ def test_projection():
     atoms = np.concatenate([atoms, support[None], 0.5 * support[None] + 3, 0 * support[None] - 4.7])
     probabilities = rng.dirichlet(np.ones(11), len(atoms))
     found = rainbow.project(*map(torch.from_numpy, (probabilities, atoms, support))).numpy()
-    shares = (1 - np.abs(atoms.clip(-10, 10)[..., None] - support) / 2).clip(0)  # a triangle around each z, 2 apart
-    np.testing.assert_allclose(found, (probabilities[..., None] * shares).sum(1), atol=1e-12)
+    expected = np.zeros_like(probabilities)
+    for (i, j), position in np.ndenumerate((atoms.clip(-10, 10) + 10) / 2):  # algorithm 1 of 1707.06887
+        lower, share = int(position), position % 1
+        expected[i, lower] += probabilities[i, j] * (1 - share)
+        expected[i, min(lower + 1, 10)] += probabilities[i, j] * share
+    np.testing.assert_allclose(found, expected, atol=1e-12)
     np.testing.assert_allclose(found.sum(1), 1)
     np.testing.assert_allclose(found[-3], probabilities[-3])
     inside = np.abs(atoms).max(1) <= 10
