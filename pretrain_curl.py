@@ -469,7 +469,8 @@ def read_ahead(data: Windows, steps: range, threads: int):
     with ThreadPoolExecutor(threads) as pool:
         pending = [pool.submit(data.batch, step) for step in steps[:threads]]
         for step in steps:
-            pending.append(pool.submit(data.batch, step + threads))
+            if step + threads in steps:
+                pending.append(pool.submit(data.batch, step + threads))
             yield step, pending.pop(0).result()
 
 

@@ -623,13 +623,15 @@ def test_batch_is_the_same_however_it_is_reached(atc, numbered):
 
 @pytest.mark.parametrize("threads", [1, 3, 50])
 def test_reading_ahead_keeps_the_order(atc, numbered, threads):
-    """From any step on, over epochs' ends, each batch is what it is when it is read alone."""
-    data = atc.Windows(numbered, 7, 64, 3, "train")
+    """From any step on, over epochs' ends, each batch is what it is when it is read alone. It is read once."""
+    data, calls = atc.Windows(numbered, 7, 64, 3, "train"), []
+    read_batch = data.batch
+    data.batch = lambda step: calls.append(step) or read_batch(step)
     steps = range(5, 2 * data.batches + 3)
     read = list(atc.read_ahead(data, steps, threads))
-    assert [step for step, _ in read] == list(steps)
+    assert [step for step, _ in read] == list(steps) == sorted(calls)
     for step, (rows, game_id) in read:
-        expected_rows, expected_game_id = data.batch(step)
+        expected_rows, expected_game_id = read_batch(step)
         assert torch.equal(rows, expected_rows) and torch.equal(game_id, expected_game_id)
     assert list(atc.read_ahead(data, range(0), threads)) == []
 
