@@ -1,6 +1,6 @@
-# make quickstart   plays games, pre-trains, fine-tunes and prints the IQM table; minutes, no data, no GPU
+# make quickstart   plays games, pre-trains, fine-tunes and prints the IQM table; 9 minutes, no data, no GPU
 # make table        does the same for every method of the paper's table, with a few steps of training each
-# make test         lints and runs all but the slow tests
+# make test         lints and runs all but the slow tests; 10 minutes on 2 cores
 # make test-slow    runs the slow tests: learning, many kills, many processes
 # make bench        measures speed and memory against the plain way of doing the same
 # make sync         copies the shared sections of SCRIPT (default: pretrain_atc.py) over those of the other scripts
