@@ -102,7 +102,7 @@ def random_play(tmp_path_factory):
     [
         ("atc", {"total_steps": 100, "batch_size": 32, "learning_rate": 1e-3}),  # the default is for 2M steps
         ("curl", {"total_steps": 80, "batch_size": 32, "learning_rate": 1e-3}),
-        ("r3m", {"total_steps": 120, "batch_size": 32, "learning_rate": 1e-3}),
+        ("r3m", {"total_steps": 200, "batch_size": 32, "learning_rate": 1e-3}),
         ("spr", {"total_steps": 80, "batch_size": 16, "learning_rate": 3e-4}),
     ],
 )
