@@ -255,7 +255,6 @@ def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Ten
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
     distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
     return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
-    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
 
 
 # === objective: Rainbow ===============================================================================================
