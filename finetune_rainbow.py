@@ -788,19 +788,21 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
 def finetune(args: Args) -> None:
     check(args)
     args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
+    torch.set_num_threads(torch.get_num_threads() if args.device == "cpu" else 1)  # idle ones slow other runs
     args.save_replay = args.save_replay and args.save_replay.resolve()
     torch.manual_seed(args.seed)
     backbone, method, facts = make_backbone(args)
     if args.encoder == "nature":
         backbone, method = Nature(), args.method or "nature"
     result, plain_args = find_result(args, "rainbow", method, args.game, facts | {"data": "online"})
-    if result.exists() and not args.overwrite:
-        return
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
     frames = args.replay_dir / f"{run_dir.name}.bin" if args.replay_dir else run_dir / "frames.bin"
+    if result.exists() and not args.overwrite:
+        for path in (checkpoint, frames):  # left by a run that was killed just after its result
+            path.unlink(missing_ok=True)
+        return
 
-    # A run that was cut off goes on; else it begins anew.
     continued = checkpoint.exists() and not args.overwrite
     if continued:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)

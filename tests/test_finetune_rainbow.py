@@ -194,6 +194,10 @@ def test_what_is_done_is_kept_until_overwrite(saved, tmp_path, capsys):
     """The same command does nothing; other arguments are refused; --overwrite makes the same again."""
     finetune(*SAVED, cwd=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "elsewhere").mkdir()
+    leftovers = folder_of(tmp_path) / "checkpoint.pt", tmp_path / "elsewhere" / f"{folder_of(tmp_path).name}.bin"
+    for path in leftovers:  # as if the run had been killed just after its result
+        path.write_bytes(b"of no use")
     finetune(*SAVED, "--replay-dir", "elsewhere", cwd=tmp_path)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"seed0\.json was made with \{'batch_size': 8\}"):
