@@ -7,7 +7,7 @@
 
 A new neck g and head h on the frozen backbone f learn the distribution of the return of each action a: 51 atoms z from
 -10 to 10 have the probabilities p(o, a) = softmax(h(g(f(o)))[a]) (C51, 1707.06887), and Q = sum_j z_j p_j. The target
-network p' is a moving average of p. Transitions i are drawn in proportion to priority_i^0.5 (1511.05952). At step s:
+network p' is p with averaged weights. Transitions i are drawn in proportion to priority_i^0.5 (1511.05952). At step s:
 
     G    = sum_{k<n} gamma^k sign(r_{s+k})       n-step return up to a lost life or the game's end; n = 10
     a*   = argmax_a Q(o_{s+n}, a)                double Q-learning (1509.06461)
@@ -18,7 +18,7 @@ network p' is a moving average of p. Transitions i are drawn in proportion to pr
     python finetune_rainbow.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt
     python finetune_rainbow.py --game pong                            # baseline "random": a frozen random backbone
     python finetune_rainbow.py --game pong --no-freeze-backbone       # baseline "e2e": everything is learned
-    python finetune_rainbow.py --game klax --encoder nature --save-replay /data/far_ood      # records a replay
+    python finetune_rainbow.py --game klax --encoder nature --save-replay DIR --save-replay-every 50000     # records
 
 The result, with the settings of the Atari Pre-training Benchmark (2406.06037), is results/rainbow/<method>/<game>/
 seed<k>.json. The same command continues a run that was cut off, and does nothing if the result is there already.
@@ -279,7 +279,7 @@ class Rainbow(nn.Module):
         self.learned, self.averages = list(learned.values()), [self.target.get_parameter(name) for name in learned]
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # it runs so before it is captured
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning before the capture
         for x in self.learned:  # Adam would allocate its state at the first step; a graph needs it before
             state = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
             self.optimizer.state[x] = state | {"step": torch.zeros((), device=device)}
@@ -306,7 +306,7 @@ class Rainbow(nn.Module):
                 target_maps = next_maps
             else:
                 obs, next_obs = stacks.chunk(2)
-                maps = self.online.backbone(obs)  # before no_grad, in which autocast would cache weights without one
+                maps = self.online.backbone(obs)  # first: weights that autocast casts in no_grad get no gradient
                 with torch.no_grad():
                     next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
         i = torch.arange(len(action), device=action.device)
@@ -715,7 +715,7 @@ def check(args: Args) -> None:
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
     if not args.n_steps < args.learning_starts < args.total_steps or args.replay_capacity <= args.n_steps:
-        raise SystemExit("--learning-starts must be between --n-steps and --total-steps, --replay-capacity above.")
+        raise SystemExit("Needed: --n-steps < --learning-starts < --total-steps, and --n-steps < --replay-capacity.")
     if args.encoder == "nature" and args.checkpoint:
         raise SystemExit("--encoder nature is trained from scratch: leave --checkpoint out.")
     rows = min(args.save_replay_rows or math.inf, args.save_replay_every)

@@ -123,7 +123,7 @@ def main(_: list[str]) -> None:
             read = [f"{median(of['bytes per byte']):.1f}" for of in found.values()]
             rows.append(["warm" if cached else "empty", target, *map(shown, rates), *ratios, ", ".join(read)])
         header = ["page cache", "target", "ours", "memory map", "HDF5", "ours / memory map", "ours / HDF5"]
-        header.append("bytes read from the disk for each of a sample's")
+        header.append("disk bytes per sample byte (ours, map, HDF5)")
         table("Samples per second", header, rows)
 
         rows = []

@@ -371,7 +371,7 @@ def test_recordings_of_others_are_left_alone(source, tmp_path):
         (["--game", "chess"], "Unknown game 'chess'"),
         (["--encoder", "nature", "--checkpoint", "a.pt"], "--encoder nature is trained from scratch"),
         (["--checkpoint", "a.pt"], r"a\.pt"),
-        (["--learning-starts", "10"], "--learning-starts must be between --n-steps and"),
+        (["--learning-starts", "10"], "--n-steps < --learning-starts"),
         (["--save-replay", "data"], "--total-steps must be a multiple of --save-replay-every"),
         (
             ["--save-replay", "data", "--save-replay-every", "60", "--replay-capacity", "59"],

@@ -463,9 +463,9 @@ SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_steps": 2000}, "--learning-starts must be between --n-steps and"),
-        ({"learning_starts": 50_000}, "--learning-starts must be between --n-steps and --total-steps"),
-        ({"replay_capacity": 10}, "--replay-capacity above"),
+        ({"n_steps": 2000}, "--n-steps < --learning-starts"),
+        ({"learning_starts": 50_000}, "--learning-starts < --total-steps"),
+        ({"replay_capacity": 10}, "--n-steps < --replay-capacity"),
         ({"encoder": "nature", "checkpoint": Path("x.pt")}, "leave --checkpoint out"),
         (SAVE | {"total_steps": 120_000}, "--total-steps must be a multiple of --save-replay-every"),
         (SAVE | {"replay_capacity": 49_999}, "--replay-capacity at least 50000"),
