@@ -788,8 +788,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
 def finetune(args: Args) -> None:
     check(args)
     args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
-    torch.set_num_threads(torch.get_num_threads() if args.device == "cpu" else 1)  # idle ones slow other runs
-    args.save_replay = args.save_replay and args.save_replay.resolve()
+    torch.set_num_threads(torch.get_num_threads() if args.device == "cpu" else 1)  # idle threads slow other runs
     torch.manual_seed(args.seed)
     backbone, method, facts = make_backbone(args)
     if args.encoder == "nature":
@@ -799,8 +798,9 @@ def finetune(args: Args) -> None:
     checkpoint = run_dir / "checkpoint.pt"
     frames = args.replay_dir / f"{run_dir.name}.bin" if args.replay_dir else run_dir / "frames.bin"
     if result.exists() and not args.overwrite:
-        for path in (checkpoint, frames):  # left by a run that was killed just after its result
-            path.unlink(missing_ok=True)
+        if checkpoint.exists() and checkpoint.stat().st_mtime < result.stat().st_mtime:  # killed just after its result
+            frames.unlink(missing_ok=True)
+            checkpoint.unlink()
         return
 
     continued = checkpoint.exists() and not args.overwrite
@@ -842,7 +842,7 @@ def finetune(args: Args) -> None:
     save_result(result, args.game, scores, plain_args)
     if args.video:
         save_gif(run_dir / "episode.gif", film)
-    for path in (checkpoint, frames):  # gigabytes that nobody needs once there is a result
+    for path in (frames, checkpoint):  # gigabytes that nobody needs once there is a result
         path.unlink()
 
 

@@ -195,11 +195,14 @@ def test_what_is_done_is_kept_until_overwrite(saved, tmp_path, capsys):
     finetune(*SAVED, cwd=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     (tmp_path / "elsewhere").mkdir()
-    leftovers = folder_of(tmp_path) / "checkpoint.pt", tmp_path / "elsewhere" / f"{folder_of(tmp_path).name}.bin"
-    for path in leftovers:  # as if the run had been killed just after its result
-        path.write_bytes(b"of no use")
-    finetune(*SAVED, "--replay-dir", "elsewhere", cwd=tmp_path)
-    assert "is there already" in capsys.readouterr().out
+    left = folder_of(tmp_path) / "checkpoint.pt", tmp_path / "elsewhere" / f"{folder_of(tmp_path).name}.bin"
+    for seconds in (60, -60):  # another run's with other --results; this run's, which was killed just after its result
+        for path in left:
+            path.write_bytes(b"of no use")
+            os.utime(path, (time.time() + seconds, time.time() + seconds))
+        finetune(*SAVED, "--replay-dir", "elsewhere", cwd=tmp_path)
+        assert "is there already" in capsys.readouterr().out
+        assert [path.exists() for path in left] == [seconds > 0] * 2
     with pytest.raises(SystemExit, match=r"seed0\.json was made with \{'batch_size': 8\}"):
         finetune(*SAVED, "--batch-size", 4, cwd=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
