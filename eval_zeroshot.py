@@ -18,7 +18,10 @@ f is the ResNet-50, g the neck, h the head. At the stack of frames o_t the playe
 import json
 import math
 import os
+import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -253,6 +256,15 @@ class Policy(nn.Module):
         return values.squeeze(2).cpu().numpy()
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 # === games [shared] ===================================================================================================
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
@@ -396,8 +408,8 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
-    path.with_suffix(".tmp").replace(path)  # in one move, at the end: what is there is complete
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
 
 

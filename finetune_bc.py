@@ -24,7 +24,10 @@ import json
 import math
 import os
 import time
+import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -218,6 +221,15 @@ class Policy(nn.Module):
         return self.head(self.neck(self.backbone(stacks), game_id), game_id)
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 # === games [shared] ===================================================================================================
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
@@ -362,14 +374,17 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
         shard[name][HISTORY:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
     shard["is_first"][HISTORY : HISTORY + 1] = padding[0]  # a slice, as there may be no such row
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
-    temporary.replace(path)  # in one move: there is never half a shard
+    with whole_file(path) as temporary:
+        shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
+
+
+def game_folder(data_dir: Path, game: str) -> Path:
+    return data_dir / "".join(word.capitalize() for word in game.split("_"))
 
 
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
     """A checkpoint's files, as the bucket names them or as Atari-PB's and SGI's download scripts do."""
-    folder = args.data_dir / "".join(word.capitalize() for word in game.split("_"))
+    folder = game_folder(args.data_dir, game)
     stand_ins = [n for n in (49, 48) if n not in args.checkpoints] if checkpoint == 50 else []  # a few runs lack 50
     for n in (checkpoint, *stand_ins):
         for layout in (f"{run}/replay_logs/$store$_%s_ckpt.{n}.gz", f"%s_{run}_{n}.gz"):
@@ -418,19 +433,20 @@ def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], 
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
-    make, sources = prepare_shard, {}
+    make, sources = prepare_shard, set()
     if args.data_dir is None:
         jobs = [(args.play_rows, game) for game in games]
-        make, sources = play_shard, dict.fromkeys(games, "random_play")
+        make, sources = play_shard, {"random_play"}
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
-    elif (args.data_dir / "source.json").exists():  # by download_data.py
-        sources = json.loads((args.data_dir / "source.json").read_text())
+    else:
+        for game in games:
+            note = game_folder(args.data_dir, game) / "source.txt"  # by download_data.py and Rainbow's recordings
+            sources.add(note.read_text().strip() if note.exists() else "dqn_replay")
     if not jobs or rows < 1:
         raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
     paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
     game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
-    source = "+".join(sorted({sources.get(game, "dqn_replay") for game in games}))
-    return list(zip(game_ids, paths, strict=True)), source
+    return list(zip(game_ids, paths, strict=True)), "+".join(sorted(sources))
 
 
 # === learning-rate schedule [shared] ==================================================================================
@@ -507,8 +523,8 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
-    path.with_suffix(".tmp").replace(path)  # in one move, at the end: what is there is complete
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
 
 

@@ -31,7 +31,10 @@ import math
 import os
 import signal
 import time
+import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -218,6 +221,12 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     pixels = stacks.permute(0, 3, 4, 1, 2)[sample, rows[:, :, None], columns[:, None, :]]  # [b, 84, 84, n, 4]
     noise = torch.randn(WORLD_SIZE * b, 1, 1, 1, 1, device=device).chunk(WORLD_SIZE)[RANK].clamp(-2, 2)
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
+
+
+# === random numbers [shared] ==========================================================================================
+def seed_step(seed: int, step: int) -> None:
+    """Makes PyTorch's random numbers a function of seed and step. Its CPU generator knows 32 bits, so they are mixed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === networks =========================================================================================================
@@ -537,6 +546,15 @@ def record(args: Args, replay: Replay) -> bool:
     return True
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 # === games [shared] ===================================================================================================
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
@@ -700,8 +718,8 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
-    path.with_suffix(".tmp").replace(path)  # in one move, at the end: what is there is complete
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
 
 
@@ -737,7 +755,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     bar = tqdm(range(replay.rows, args.total_steps), f"rainbow on {args.game}", args.total_steps, initial=replay.rows)
     bar.set_postfix_str("the first update compiles, about a minute" if args.compile else "")
     for step in bar:
-        torch.manual_seed(2**32 * args.seed + step)  # a run that is continued draws the same
+        seed_step(args.seed, step)  # a run that is continued draws the same
         rng = np.random.default_rng([args.seed, step, 1])
         exploration = [args.learning_starts, args.learning_starts + max(args.exploration_steps, 1)]
         epsilon = np.interp(step, exploration, [1, args.exploration_final])
@@ -777,8 +795,8 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
             state = {"args": plain_args, "model": model.state_dict()}
             state |= {"optimizer": model.optimizer.state_dict()["state"], "replay": replay.state_dict()}
-            torch.save(state | {"episode": env.episode, "actions": env.actions}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: there is always a whole checkpoint
+            with whole_file(checkpoint) as temporary:
+                torch.save(state | {"episode": env.episode, "actions": env.actions}, temporary)
         if stops:
             raise SystemExit(f"Stopped by a signal after step {done}. To go on: the same command without --overwrite")
     for number in (signal.SIGINT, signal.SIGTERM):

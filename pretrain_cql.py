@@ -31,8 +31,11 @@ import os
 import resource
 import signal
 import time
+import uuid
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -217,6 +220,12 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
+# === random numbers [shared] ==========================================================================================
+def seed_step(seed: int, step: int) -> None:
+    """Makes PyTorch's random numbers a function of seed and step. Its CPU generator knows 32 bits, so they are mixed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
 # === distributional returns [shared] ==================================================================================
 def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
     """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
@@ -290,6 +299,15 @@ class Objective(nn.Module):
         update_momentum(self.target, self, self.args.target_momentum)
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 # === games [shared] ===================================================================================================
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
@@ -355,14 +373,17 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
         shard[name][HISTORY:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
     shard["is_first"][HISTORY : HISTORY + 1] = padding[0]  # a slice, as there may be no such row
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
-    temporary.replace(path)  # in one move: there is never half a shard
+    with whole_file(path) as temporary:
+        shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
+
+
+def game_folder(data_dir: Path, game: str) -> Path:
+    return data_dir / "".join(word.capitalize() for word in game.split("_"))
 
 
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
     """A checkpoint's files, as the bucket names them or as Atari-PB's and SGI's download scripts do."""
-    folder = args.data_dir / "".join(word.capitalize() for word in game.split("_"))
+    folder = game_folder(args.data_dir, game)
     stand_ins = [n for n in (49, 48) if n not in args.checkpoints] if checkpoint == 50 else []  # a few runs lack 50
     for n in (checkpoint, *stand_ins):
         for layout in (f"{run}/replay_logs/$store$_%s_ckpt.{n}.gz", f"%s_{run}_{n}.gz"):
@@ -411,19 +432,20 @@ def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], 
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
-    make, sources = prepare_shard, {}
+    make, sources = prepare_shard, set()
     if args.data_dir is None:
         jobs = [(args.play_rows, game) for game in games]
-        make, sources = play_shard, dict.fromkeys(games, "random_play")
+        make, sources = play_shard, {"random_play"}
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
-    elif (args.data_dir / "source.json").exists():  # by download_data.py
-        sources = json.loads((args.data_dir / "source.json").read_text())
+    else:
+        for game in games:
+            note = game_folder(args.data_dir, game) / "source.txt"  # by download_data.py and Rainbow's recordings
+            sources.add(note.read_text().strip() if note.exists() else "dqn_replay")
     if not jobs or rows < 1:
         raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
     paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
     game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
-    source = "+".join(sorted({sources.get(game, "dqn_replay") for game in games}))
-    return list(zip(game_ids, paths, strict=True)), source
+    return list(zip(game_ids, paths, strict=True)), "+".join(sorted(sources))
 
 
 # === windows [shared] =================================================================================================
@@ -574,7 +596,7 @@ def train(args: Args) -> None:
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, dynamic_ncols=True)
     bar.set_postfix_str("compiling, about a minute" if args.compile else "")
     for step, batch in read_ahead(data, steps, args.num_workers):
-        torch.manual_seed(2**32 * args.seed + step)  # of augmentation: a run that is resumed draws the same
+        seed_step(args.seed, step)  # of augmentation: a run that is resumed draws the same
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_multiplier(step, args.total_steps)
         with precision:
             loss, metrics = model(unpack(*batch, device))
@@ -626,8 +648,8 @@ def train(args: Args) -> None:
                 state = {"format": "atari-pb/1", "objective": name, "step": done, "args": plain_args}
                 state |= {"games": args.games, "optimizer": optimizer.state_dict()}
                 state |= {name: part.state_dict() for name, part in objective.named_children()}  # backbone, neck, ...
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: there is always a whole checkpoint
+                with whole_file(checkpoint) as temporary:
+                    torch.save(state, temporary)
         if stopped:
             break
         recent, clock = [], time.perf_counter()
