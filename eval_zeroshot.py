@@ -18,6 +18,7 @@ f is the ResNet-50, g the neck, h the head. At the stack of frames o_t the playe
 import json
 import math
 import os
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -263,6 +264,22 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     yield temporary
     temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
+
+
+def expand_user(args) -> None:
+    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
 
 
 # === games [shared] ===================================================================================================
