@@ -215,7 +215,7 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
 
 # === random numbers [shared] ==========================================================================================
 def seed_step(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers a function of both. They are mixed, as its CPU generator uses 32 bits of a seed."""
+    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
