@@ -467,6 +467,9 @@ class Windows:
                 raise SystemExit("A shard in --cache-dir is cut short. Delete that folder: it will be made again.")
         return rows, self.game_ids[shard]
 
+    def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(self.choose(i))
+
 
 def unpack(rows: torch.Tensor, game_id: torch.Tensor, device: torch.device | str) -> dict[str, torch.Tensor]:
     """A batch of `Windows` on the device: frames uint8 [b, length, 84, 84], ROW's fields [b, length], game_id [b]"""
