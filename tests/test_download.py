@@ -736,6 +736,14 @@ def test_downloads_at_once_lose_nothing(tmp_path, server, attempt, games):
     assert len(contents(tmp_path / "data")) == (2 * 4 + 1) * len(set(games))
 
 
+def test_two_who_write_a_file_at_once_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with module().whole_file(path) as one, module().whole_file(path) as other:
+        one.write_bytes(b"1" * 9)
+        other.write_bytes(b"2" * 8)
+    assert contents(tmp_path) in ({"file": b"1" * 9}, {"file": b"2" * 8})
+
+
 @pytest.mark.parametrize("attempt", range(3))
 def test_of_two_sources_at_once_one_fills_a_folder(tmp_path, attempt):
     options = ["--games", "breakout", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 1000]
