@@ -150,8 +150,63 @@ def test_pictures(objective, columns, alone):
     assert (frames[:, :, :, -2] == frames[:, :, :, -3])[seen].all()  # the others are as they were
 
 
-# === interrupted ======================================================================================================
 FAST = (*QUICK, "--width-multiplier", 0.0625, "--batch-size", 4)
+
+
+# === seeds ============================================================================================================
+def draws(module, *args, cwd: Path) -> dict[str, torch.Tensor]:
+    """What a run's first step draws at random, on the same samples whatever the seed."""
+    seen = {}
+
+    def spy(patch, place, name: str, **notes) -> None:
+        """Notes what the function's arguments and result hold, the first time."""
+        function = getattr(place, name)
+
+        def spied(*args):
+            result = function(*args)
+            for key, note in notes.items():
+                seen.setdefault(key, note(args, result))
+            return np.arange(len(result)) if name == "choose" else result
+
+        patch.setattr(place, name, spied)
+
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, module.Windows, "choose", order=lambda args, result: torch.from_numpy(result))
+        spy(patch, module.Objective, "loss", weight=lambda args, result: args[0].backbone.conv1.weight.detach().clone())
+        spy(patch, module, "augment", views=lambda args, result: result)
+        if hasattr(module, "random_masking"):
+            spy(patch, module, "random_masking", masks=lambda args, result: result[1])
+        if hasattr(module.Objective, "pairs"):
+            spy(patch, module.Objective, "pairs", futures=lambda args, result: result[1])
+        train(module.__name__ + ".py", *args, cwd=cwd)
+    return seen
+
+
+@pytest.mark.parametrize("script", PRETRAINING)
+def test_seeds_reach_what_they_say(script, played, tmp_path):
+    """Another seed has another initialisation, order, augmentation, masks and offsets; the same seed has the same."""
+    args = (*FAST, "--batch-size", 16, "--total-steps", 1, "--cache-dir", played, "--run-name")
+    one = draws(load(script), *args, "one", "--seed", 1, cwd=tmp_path)
+    same = draws(load(script), *args, "same", "--seed", 1, cwd=tmp_path)
+    other = draws(load(script), *args, "other", "--seed", 2, cwd=tmp_path)
+    masks = {"pretrain_mae.py": ["masks"], "pretrain_siammae.py": ["masks", "futures"]}.get(script, [])
+    assert sorted(one) == sorted(["order", "weight", "views", *masks])
+    for name in one:
+        assert torch.equal(one[name], same[name]), name
+        assert not torch.equal(one[name], other[name]), name
+
+
+def test_every_bit_of_seed_and_step_counts():
+    """PyTorch's CPU generator takes 32 bits of a seed: 2^32 seed + step would be the same for all seeds."""
+    module, seen = load("pretrain_atc.py"), set()
+    for seed in (0, 1, 2, 2**16, 2**31, 2**32 - 1):
+        for step in (0, 1, 2**20, 2**20 + 1):
+            module.seed_step(seed, step)
+            seen.add(torch.rand(1).item())
+    assert len(seen) == 24
+
+
+# === interrupted ======================================================================================================
 EXACT = (*FAST, "--precision", "fp32", "--total-steps", 6, "--eval-every", 3, "--save-every", 2)
 
 
