@@ -719,9 +719,13 @@ def train(args: Args) -> None:
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
 
     stops = []  # signals received; one ends the run after a step
+
+    def note_stop(number, _):
+        stops.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # the last one is Slurm's warning
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, and so it stays
-            signal.signal(number, lambda number, _: stops.append(number))
+            signal.signal(number, note_stop)
     steps = start  # that are finished
     recent = []  # loss, norm of the gradients and metrics of the steps since the last log entry, on the device
     clock = time.perf_counter()
