@@ -570,3 +570,18 @@ def test_dt_keeps_the_largest_return_of_all_processes(monkeypatch):
     batch = window_batch(objective.length, b=2) | {"return_to_go": torch.full((2, objective.length), 5.0)}
     objective(batch)
     assert objective.neck.largest_return[:4].tolist() == [5, 5, -math.inf, 7]
+
+
+@pytest.mark.parametrize("loss", ["distributional", "mse"])
+def test_cql_computes_values_in_float32(loss):
+    """Of online and momentum network. In bfloat16, values of actions that differ by less than 1% would be the same."""
+    objective = modules["cql"].Objective(modules["cql"].Args(**TINY, loss=loss))
+    stacks, game_id = torch.rand(3, 4, 84, 84), torch.tensor([1, 0, 1])
+    for network in (objective, objective.target):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            maps = network.backbone(stacks)
+            found = objective.logits(network, stacks, game_id)
+        assert maps.dtype == torch.bfloat16
+        with torch.no_grad():
+            expected = network.head(network.neck(maps.float(), game_id), game_id).unflatten(1, (18, -1))
+        torch.testing.assert_close(found, expected)
