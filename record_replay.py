@@ -584,6 +584,7 @@ def main(args: Args) -> None:
     if any(logs.glob("*.gz")) and not continued and not args.overwrite:
         if (logs / f"$store$_observation_ckpt.{last}.gz").exists():
             print(f"{logs} is complete. To record it again: --overwrite")
+            frames.unlink(missing_ok=True)  # of a run that was killed just as it ended
             return
         raise SystemExit(f"{logs} has recordings of another run. Choose another --seed or --data-dir, or --overwrite.")
 
