@@ -222,7 +222,8 @@ def test_what_is_done_is_kept_until_overwrite(tmp_path, capsys):
     finetune(*QUICK, cwd=tmp_path)  # begins again
     assert result(tmp_path) == first | {"args": result(tmp_path)["args"]}
     assert_equal(policy(tmp_path), parts)
-    assert list(scalars(tmp_path)["losses/loss"]) == [30, 40, 50, 60]  # the unfinished run's are hidden
+    finetune(*QUICK, "--overwrite", "--log-every", 15, cwd=tmp_path)
+    assert list(scalars(tmp_path)["losses/loss"]) == [30, 45, 60]  # what earlier runs have logged is hidden
 
 
 def test_two_at_once(tmp_path):
