@@ -26,6 +26,8 @@ seed<k>.json. The same command begins a run again that was cut off, and does not
 import copy
 import json
 import os
+import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -94,9 +96,9 @@ class Args:
 class Rainbow(nn.Module):
     """The online network p and the target network p'. `update` and `act` never wait for the device."""
 
-    def __init__(self, args: Args, network: nn.Module, device: torch.device):
+    def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
         super().__init__()
-        self.args = args
+        self.args, self.precision = args, precision  # the precision of f
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
@@ -104,8 +106,7 @@ class Rainbow(nn.Module):
             self.target.backbone = network.backbone.eval()
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z [atoms]
         self.to(device, memory_format=torch.channels_last)
-        self.precision = autocast(device, args.precision)  # of f
-        if self.frozen and self.precision._enabled:
+        if self.frozen and precision._enabled:
             network.backbone.bfloat16()  # once, not in every pass
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.learned = list(learned.values())
@@ -424,22 +425,32 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
-# === random numbers [shared] ==========================================================================================
+# === processes, precision and seeds [shared] ==========================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+# Of progress bars. In a file, they are a line every 30 seconds.
+BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+
+
+def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
+    """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
+    device = torch.device(device)
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    low = precision == "bf16" or (precision == "auto" and native)
+    if RANK == 0:
+        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
+    if compiles and not any(compilers):
+        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    return device, torch.autocast(device.type, torch.bfloat16, low)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-
-
-# === processes and precision [shared] =================================================================================
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
-if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
 
 
 # === files [shared] ===================================================================================================
@@ -693,10 +704,8 @@ def finetune(args: Args) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
     if not args.n_steps < args.learning_starts < args.total_steps:
         raise SystemExit("Needed: --n-steps < --learning-starts < --total-steps.")
-    args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
-    precision = "bf16" if autocast(device, args.precision)._enabled else "fp32"
-    compiling = ", the first update compiles for a minute" if args.compile else ""
-    print(f"Rainbow on {args.game}, seed {args.seed}, on {device} in {precision}{compiling}", flush=True)
+    args.game = parse_game(args.game, sorted(SCORES))
+    device, precision = set_up_device(args.device, args.precision, args.compile)
     if device.type != "cpu":
         torch.set_num_threads(1)  # idle threads would slow other runs
     torch.manual_seed(args.seed)
@@ -713,8 +722,10 @@ def finetune(args: Args) -> None:
     with whole_file(run_dir / "args.json") as temporary:
         temporary.write_text(json.dumps(plain_args, indent=2))
     env = Environment(args)
-    model = Rainbow(args, Network(args, backbone, env.num_actions), device)
-    bar = tqdm(train(model, Replay(args), env, writer), "fine-tuning", args.total_steps, unit="step", leave=False)
+    model = Rainbow(args, Network(args, backbone, env.num_actions), device, precision)
+    compiling = ", the first update compiles for about a minute" if args.compile else ""
+    print(f"{run_dir}: {args.total_steps:,} agent steps{compiling}", flush=True)
+    bar = tqdm(train(model, Replay(args), env, writer), "fine-tuning", args.total_steps, unit="step", **BAR)
     for _ in bar:
         bar.set_postfix_str(f"score {env.score:g}", refresh=False)
 

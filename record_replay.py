@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
-#   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
+# dependencies = ["torch==2.14.1", "ale-py==0.12.1", "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0",
+#   "tqdm==4.70.1"]
 # ///
 """Trains Rainbow (1710.02298) with DQN's small network on one game, from scratch, and records what it plays.
 
@@ -24,7 +24,9 @@ import gzip
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -86,9 +88,9 @@ class Args:
 class Rainbow(nn.Module):
     """The online network p and the target network p'. `update` and `act` never wait for the device."""
 
-    def __init__(self, args: Args, network: nn.Module, device: torch.device):
+    def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
         super().__init__()
-        self.args = args
+        self.args, self.precision = args, precision  # the precision of f
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
@@ -96,8 +98,7 @@ class Rainbow(nn.Module):
             self.target.backbone = network.backbone.eval()
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z [atoms]
         self.to(device, memory_format=torch.channels_last)
-        self.precision = autocast(device, args.precision)  # of f
-        if self.frozen and self.precision._enabled:
+        if self.frozen and precision._enabled:
             network.backbone.bfloat16()  # once, not in every pass
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.learned = list(learned.values())
@@ -389,22 +390,32 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
-# === random numbers [shared] ==========================================================================================
+# === processes, precision and seeds [shared] ==========================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+# Of progress bars. In a file, they are a line every 30 seconds.
+BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+
+
+def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
+    """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
+    device = torch.device(device)
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    low = precision == "bf16" or (precision == "auto" and native)
+    if RANK == 0:
+        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
+    if compiles and not any(compilers):
+        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    return device, torch.autocast(device.type, torch.bfloat16, low)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-
-
-# === processes and precision [shared] =================================================================================
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
-if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
 
 
 # === files [shared] ===================================================================================================
@@ -566,10 +577,8 @@ def main(args: Args) -> None:
     if args.total_steps % args.steps_per_checkpoint or args.replay_capacity < rows:
         multiple = "--total-steps must be a multiple of --steps-per-checkpoint"
         raise SystemExit(f"{multiple}, and --replay-capacity at least {rows}.")
-    args.game, device = parse_game(args.game, [*DQN_REPLAY_GAMES, *FAR_OOD_GAMES]), torch.device(args.device)
-    precision = "bf16" if autocast(device, args.precision)._enabled else "fp32"
-    compiling = ", the first update compiles for a minute" if args.compile else ""
-    print(f"Rainbow on {args.game}, seed {args.seed}, on {device} in {precision}{compiling}", flush=True)
+    args.game = parse_game(args.game, [*DQN_REPLAY_GAMES, *FAR_OOD_GAMES])
+    device, precision = set_up_device(args.device, args.precision, args.compile)
 
     args.data_dir = args.data_dir.resolve()
     game_dir = args.data_dir / "".join(word.capitalize() for word in args.game.split("_"))
@@ -602,7 +611,8 @@ def main(args: Args) -> None:
         torch.set_num_threads(1)  # idle threads would slow other runs
     torch.manual_seed(args.seed)
     env = Environment(args)
-    model, replay = Rainbow(args, Network(args, env.num_actions), device), Replay(args)
+    model = Rainbow(args, Network(args, env.num_actions), device, precision)
+    replay = Replay(args)
     if continued:
         model.load_state_dict(state["model"])
         model.optimizer.load_state_dict(model.optimizer.state_dict() | {"state": state["optimizer"]})
@@ -627,9 +637,11 @@ def main(args: Args) -> None:
             torch.save(state, temporary)
 
     save()  # where there is a checkpoint, the recordings are those of a run that goes on
-    print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}", flush=True)
+    compiling = ", the first update compiles for about a minute" if args.compile else ""
+    print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}{compiling}", flush=True)
     stops = stop_on_signals()
-    bar = tqdm(train(model, replay, env, writer), f"recording {args.game}", args.total_steps, initial=replay.rows)
+    steps = train(model, replay, env, writer)
+    bar = tqdm(steps, f"recording {args.game}", args.total_steps, initial=replay.rows, unit="step", **BAR)
     for played in bar:
         bar.set_postfix_str(f"score {env.score:g}", refresh=False)
         number = record(args, replay, logs)

@@ -172,7 +172,8 @@ def test_rainbow_in_graphs_is_rainbow_without(script, arguments):
     for in_graphs in (True, False):
         torch.manual_seed(0)
         backbone = [module.make_backbone(args)[0]] if script == "finetune_rainbow.py" else []
-        model = module.Rainbow(args, module.Network(args, *backbone, 6), DEVICE)
+        _, precision = module.set_up_device("cuda", args.precision, args.compile)
+        model = module.Rainbow(args, module.Network(args, *backbone, 6), DEVICE, precision)
         update, act = module.Graph(model.update, DEVICE), module.Graph(model.act, DEVICE)
         values = []
         for step in range(20):

@@ -143,7 +143,7 @@ def test_from_a_checkpoint(tmp_path, capsys):
     assert_equal(model.online.backbone.state_dict(), backbone)
     assert {state["step"].item() for state in model.optimizer.state.values()} == {10}
     printed = capsys.readouterr().out
-    assert printed.startswith("Rainbow on pong, seed 0, on cpu in fp32\n")
+    assert printed.startswith("Device: cpu, precision: float32\n")
     assert "Unfinished pre-training: 3 of 9 steps" in printed
 
     found = result(tmp_path)

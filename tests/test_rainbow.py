@@ -30,9 +30,12 @@ def make_args(module=rainbow, **changes):
 def make_model(kind: str = "frozen", actions: int = 6, **changes):
     if kind == "nature":
         args = make_args(recorder, **changes)
-        return recorder.Rainbow(args, recorder.Network(args, actions), CPU)
-    args = make_args(freeze_backbone=kind == "frozen", **changes)
-    return rainbow.Rainbow(args, rainbow.Network(args, rainbow.make_backbone(args)[0], actions), CPU)
+        network = recorder.Network(args, actions)
+    else:
+        args = make_args(freeze_backbone=kind == "frozen", **changes)
+        network = rainbow.Network(args, rainbow.make_backbone(args)[0], actions)
+    precision = torch.autocast("cpu", torch.bfloat16, args.precision == "bf16")
+    return (recorder if kind == "nature" else rainbow).Rainbow(args, network, CPU, precision)
 
 
 def make_batches(count: int, batch_size: int = 4) -> list[dict[str, np.ndarray]]:
@@ -53,7 +56,8 @@ def test_golden():
     numbers = dict(np.load(Path(__file__).parent / "golden" / "rainbow.npz", allow_pickle=False))
     shapes = {name: tuple(map(int, shape.split("x"))) for name, shape in (x.split() for x in numbers["param_names"])}
     args = rainbow.Args("pong", precision="fp32", device="cpu", compile=False)
-    model = rainbow.Rainbow(args, rainbow.Network(args, rainbow.ResNet(1.0, (3, 4, 6, 3)), 18), CPU)
+    network = rainbow.Network(args, rainbow.ResNet(1.0, (3, 4, 6, 3)), 18)
+    model = rainbow.Rainbow(args, network, CPU, torch.autocast("cpu", enabled=False))
     for network, prefix in ((model.online, "given/"), (model.target, "given/target/")):
         parameters = dict(network.named_parameters())
         assert parameters.keys() == shapes.keys()

@@ -109,7 +109,7 @@ def test_fewer_rows(saved, tmp_path, capsys):
     assert list(logged["losses/loss"]) == [30, 40, 50, 60, 70, 80]
     assert logged["losses/loss"][80] == scalars(saved)["losses/loss"][80]
     printed = capsys.readouterr().out
-    assert printed.startswith("Rainbow on pong, seed 0, on cpu in fp32\n")
+    assert printed.startswith("Device: cpu, precision: float32\n")
     assert "replay_logs: checkpoint 2, 21 rows, 0 games, mean return -" in printed
 
 
