@@ -199,9 +199,11 @@ def steps_per_second(setting: str, way: str, runs: int) -> dict[str, float]:
 def seconds_of_draws() -> dict[str, dict[str, list[float]]]:
     """Seconds of a draw of 32 and of their new priorities: of fine-tuning's array and of the recorder's tree"""
     replays = {}
-    for name, sizes in (("finetune_rainbow", {}), ("record_replay", {"data_dir": Path("data"), "save_every": 1})):
+    for name, of_its_own in (("finetune_rainbow", {}), ("record_replay", {"data_dir": Path("data")})):
         module = load(name)
-        replay = module.Replay(module.Args("pong", **sizes))
+        args = module.Args("pong", **of_its_own)
+        args.replay_capacity = 100_000  # of the tree
+        replay = module.Replay(args)
         for _ in range(50_000):
             replay.add(0, 0, 0, False, False, False)
         replays[name] = replay
