@@ -90,7 +90,8 @@ class Rainbow(nn.Module):
 
     def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
         super().__init__()
-        self.args, self.precision = args, precision  # the precision of f
+        self.args = args
+        self.precision = precision  # of f
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
@@ -102,7 +103,7 @@ class Rainbow(nn.Module):
             network.backbone.bfloat16()  # once, not in every pass
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.learned = list(learned.values())
-        self.averages = [self.target.get_parameter(name) for name in learned]
+        self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
         self.optimizer._warned_capturable_if_run_uncaptured = True  # as its first steps are not captured
@@ -354,7 +355,8 @@ class Environment:
 
     def step(self, action: int) -> tuple:
         """Plays a step and returns its row for `Replay.add`."""
-        frame, is_first = self.stack[-1], not self.actions
+        frame = self.stack[-1]
+        is_first = not self.actions
         stacks, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         self.game_over = bool(terminated[0] or truncated[0])
         life_over = self.game_over or (self.args.episodic_life and info["lives"][0] < self.lives)
@@ -469,7 +471,8 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     act, update = Graph(model.act, device), Graph(model.update, device)
     exploration = [args.learning_starts, args.learning_starts + args.exploration_steps]
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
-    recent, clock = [], time.perf_counter()
+    recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
+    clock = time.perf_counter()
     for step in range(replay.rows, args.total_steps):
         seed_step(args.seed, step)  # of the augmentation
         rng = np.random.default_rng([args.seed, step, 1])  # of the exploration and of the replay's draws
@@ -485,6 +488,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             writer.add_scalar("charts/episodic_length", len(env.actions), played)
             env.reset(env.episode + 1)
 
+        # Up to a step so many updates are made in all; --updates-per-step may be a fraction.
         updates_before = int(max(0, step - args.learning_starts) * args.updates_per_step)
         updates_after = int(max(0, played - args.learning_starts) * args.updates_per_step)
         for i in range(updates_before, updates_after):
@@ -505,8 +509,9 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             scalars |= dict(zip(names, np.mean(recent, 0), strict=True))
             for name, value in scalars.items():
                 writer.add_scalar(name, value, played)
-            recent, clock = [], time.perf_counter()
-        yield played
+            recent = []
+            clock = time.perf_counter()
+        yield played  # here the caller shows the progress, and may write a checkpoint
 
 
 # === recording ========================================================================================================
