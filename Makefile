@@ -34,8 +34,7 @@ SMALL := --width-multiplier 0.25 --blocks 1 1 1 1
 PRETRAIN := --games ms_pacman breakout freeway road_runner --total-steps 150 --batch-size 64 --save-every 50
 EVALUATE := --eval-episodes 4 --max-episode-steps 500
 CLONE := --epochs 8 --batch-size 64 $(EVALUATE)
-RAINBOW := --total-steps 400 --learning-starts 200 --updates-per-step 0.25 --replay-capacity 400 --save-every 200 \
-  $(EVALUATE)
+RAINBOW := --total-steps 400 --learning-starts 200 --updates-per-step 0.25 $(EVALUATE)
 CHECKPOINT := runs/pretrain_$(OBJECTIVE)__0/checkpoint.pt
 
 quickstart: $(VENV)/installed

@@ -206,17 +206,24 @@ def test_defaults_of_rainbow_are_the_papers():
     assert (args.total_steps, args.learning_starts, args.updates_per_step, args.batch_size) == (50_000, 2_000, 2, 32)
     assert (args.learning_rate, args.adam_eps, args.max_grad_norm, args.target_momentum) == (1e-4, 1.5e-4, 10, 0.99)
     assert (args.discount, args.n_steps, args.atoms, args.max_return) == (0.99, 10, 51, 10)
-    assert (args.replay_capacity, args.priority_exponent, args.importance_exponent) == (100_000, 0.5, 0.4)
+    assert (args.priority_exponent, args.importance_exponent) == (0.5, 0.4)
     assert (args.exploration_steps, args.exploration_final) == (10_000, 0.01)
     assert (args.episodic_life, args.repeat_action_probability, args.freeze_backbone) == (True, 0, True)
     assert (args.eval_episodes, args.max_episode_steps, args.epsilon) == (100, 27_000, 0.001)
-    assert (args.save_replay_every, args.save_replay_rows, args.encoder) == (1_000_000, 0, "resnet")
+    recorder = load("record_replay.py").Args("klax", None)  # of the far-OOD games
+    of_its_own = {"total_steps": 2_000_000, "learning_starts": 20_000, "updates_per_step": 1, "seed": 1}
+    of_its_own |= {"exploration_steps": 1_000_000, "exploration_final": 0.02, "precision": "fp32"}
+    for name in vars(args).keys() & vars(recorder).keys() - {"game"}:
+        assert getattr(recorder, name) == of_its_own.get(name, getattr(args, name)), name
+    assert (recorder.replay_capacity, recorder.steps_per_checkpoint) == (1_000_000, 1_000_000)
+    assert recorder.rows_per_checkpoint == 50_000
 
 
 MOST_LINES = dict.fromkeys(("atc", "curl", "bc", "idm", "r3m", "cql", "spr"), 665)
 MOST_LINES |= dict.fromkeys(("mae", "siammae", "dt", "spr_idm"), 765)
 MOST_LINES = {f"pretrain_{objective}.py": lines for objective, lines in MOST_LINES.items()}
-MOST_LINES |= {"finetune_rainbow.py": 865, "finetune_bc.py": 615, "eval_probe.py": 615, "eval_zeroshot.py": 465}
+MOST_LINES |= {"finetune_rainbow.py": 765, "record_replay.py": 675}
+MOST_LINES |= {"finetune_bc.py": 615, "eval_probe.py": 615, "eval_zeroshot.py": 465}
 
 
 @pytest.mark.parametrize("script", MOST_LINES)
