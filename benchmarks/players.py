@@ -18,7 +18,7 @@ basic_math and human_cannonball, which were found by trying. All that the player
 import ctypes
 import gzip
 import io
-import math
+import itertools
 import multiprocessing
 import os
 import signal
@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,7 +41,8 @@ RANDOM_SHARES = {1: 1.0, 2: 0.6, 3: 0.3, 4: 0.1, 5: 0.05}  # of the actions, by 
 SOURCE = "scripted_play"
 PADDING = 3  # blank rows before every episode in the dataset
 MAX_STEPS = 27_000  # steps after which an episode is cut off
-FIELDS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8, "observation": np.uint8}  # the files
+FIELDS = {"action": (np.int32, ()), "reward": (np.float32, ()), "terminal": (np.uint8, ())}  # the dataset's files
+FIELDS["observation"] = np.uint8, (84, 84)  # written last
 
 
 # === arguments ========================================================================================================
@@ -79,14 +79,13 @@ def reflect(position: float, low: float, high: float) -> float:
 
 
 class Repeat:
-    """Repeats {actions}."""
+    """Plays the same actions over and over."""
 
     def __init__(self, *actions: str):
-        self.actions, self.step = actions, -1
+        self.actions = itertools.cycle(actions)
 
     def act(self, ram: list[int], ale: ale_py.ALEInterface) -> str:
-        self.step += 1
-        return self.actions[self.step % len(self.actions)]
+        return next(self.actions)
 
 
 class Breakout:
@@ -107,7 +106,7 @@ class Breakout:
         if vy > 0:
             x = reflect(x + vx * min((self.PADDLE_Y - y) / vy, 30), *self.WALLS)
         middle = ram[self.PADDLE_X] + 8
-        return towards(x - middle, "LEFT", "RIGHT", near=3)
+        return towards(x - middle, "LEFT", "RIGHT", near=8)
 
 
 class Pong:
@@ -129,6 +128,20 @@ class Pong:
             y = reflect(y + vy * (self.PADDLE_X - x) / vx, *self.WALLS)
         middle = paddle + glide + 7
         return towards(y - middle, "RIGHT", "LEFT", near=8)  # RIGHT is up
+
+
+class Tennis:
+    """Runs along the baseline with the ball, and swings at every second step."""
+
+    OWN_X, BALL_X = 26, 16
+    step = 0
+
+    def act(self, ram, ale):
+        self.step += 1
+        move = towards(ram[self.BALL_X] - ram[self.OWN_X], "LEFT", "RIGHT", near=0)
+        if self.step % 2:
+            return move.replace("NOOP", "") + "FIRE"
+        return move
 
 
 class SpaceInvaders:
@@ -247,12 +260,13 @@ class LookAhead:
 
 ID = {
     "breakout": Breakout,
-    "demon_attack": partial(Repeat, "FIRE", "NOOP"),
-    "enduro": partial(Repeat, "FIRE"),
+    "demon_attack": partial(Repeat, "FIRE", "NOOP"),  # a button must be released before it fires again
+    "enduro": partial(Repeat, "FIRE"),  # accelerates
     "freeway": partial(Repeat, "UP"),
     "road_runner": partial(Repeat, "LEFT"),
-    "skiing": partial(Repeat, "NOOP"),
+    "skiing": partial(Repeat, "NOOP"),  # straight down
     "space_invaders": SpaceInvaders,
+    "tennis": Tennis,
 }
 NEAR_OOD = {"asterix": Asterix, "pong": Pong, "seaquest": Seaquest}
 FAR_OOD = {"basic_math": BasicMath, "human_cannonball": HumanCannonball, "surround": LookAhead}
@@ -270,10 +284,10 @@ def area_weights(source: int, target: int = 84) -> np.ndarray:
 
 
 class Game:
-    """A game and who plays it; with a share of random actions, which are all that there is without a player."""
+    """A game and its player, with a share of random actions."""
 
-    def __init__(self, name: str, player, random_share: float, seed: list[int], sticky: float = 0.25):
-        self.player, self.random_share = player, random_share
+    def __init__(self, name: str, random_share: float, seed: list[int], sticky: float = 0.25):
+        self.name, self.random_share = name, random_share
         self.rng = np.random.default_rng([*seed, *name.encode()])
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         self.ale = ale_py.ALEInterface()
@@ -294,7 +308,7 @@ class Game:
         self.ale.getScreenGrayscale(self.screens[1])
         self.screens[0] = 0
         self.steps = 0
-        self.who = self.player() if self.player and self.random_share < 1 else None
+        self.player = PLAYERS[self.name]() if self.random_share < 1 else None
 
     def frame(self) -> np.ndarray:
         """What the agent sees, uint8 [84, 84]"""
@@ -303,7 +317,7 @@ class Game:
 
     def choose(self) -> int:
         """The player's action or a random one, as its index in the minimal action set"""
-        choice = self.who.act(self.ale.getRAM().tolist(), self.ale) if self.who else None
+        choice = self.player.act(self.ale.getRAM().tolist(), self.ale) if self.player else None
         if choice is None or self.rng.random() < self.random_share:
             return int(self.rng.integers(len(self.actions)))
         return self.names.index(choice)
@@ -340,7 +354,7 @@ def replay_files(data_dir: Path, name: str, checkpoint: int) -> dict[str, Path]:
 
 
 def name_source(data_dir: Path, name: str) -> None:
-    """Makes the game's folder, and notes in its source.txt who played."""
+    """Makes the game's folders, and notes in its source.txt who played."""
     folder = game_folder(data_dir, name)
     note = folder / "source.txt"
     source = note.read_text().strip() if note.exists() else "dqn_replay"
@@ -351,35 +365,53 @@ def name_source(data_dir: Path, name: str) -> None:
         temporary.write_text(SOURCE)
 
 
-def record(data_dir: Path, name: str, checkpoint: int, rows: int, seed: int) -> float:
-    """Writes a checkpoint's files, and returns the rows a second of processor time that it played and wrote."""
-    clock = time.process_time()
+def record(data_dir: Path, name: str, checkpoint: int, rows: int, seed: int) -> int:
+    """Plays and writes a checkpoint's files. Returns the number of their rows."""
     count = rows + 1  # readers leave the last row out
-    columns = {field: np.zeros(count, dtype) for field, dtype in FIELDS.items()}
-    columns["observation"] = np.zeros((count, 84, 84), np.uint8)
-    game = Game(name, PLAYERS[name], RANDOM_SHARES[checkpoint], [seed, checkpoint])
+    columns = {field: np.zeros((count, *shape), dtype) for field, (dtype, shape) in FIELDS.items()}
+    game = Game(name, RANDOM_SHARES[checkpoint], [seed, checkpoint])
     row = PADDING
     while row < count:
         columns["observation"][row] = game.frame()
-        action = game.choose()
-        reward, terminal = game.step(action)
-        columns["action"][row], columns["reward"][row], columns["terminal"][row] = action, reward, terminal
+        columns["action"][row] = action = game.choose()
+        columns["reward"][row], terminal = game.step(action)
+        columns["terminal"][row] = terminal
         row += 1
         if terminal:
             row += PADDING
             game.reset()
-    for field, path in replay_files(data_dir, name, checkpoint).items():  # the observations last
+    for field, path in replay_files(data_dir, name, checkpoint).items():
         content = io.BytesIO()
         np.save(content, columns[field])
         with whole_file(path) as temporary:
             temporary.write_bytes(gzip.compress(content.getvalue(), 1, mtime=0))
-    return count / (time.process_time() - clock)
+    return count
 
 
 # === scores ===========================================================================================================
-def score(name: str, is_random: bool, episode: int, seed: int) -> float:
-    """Of an episode, whose actions are random or the player's, with 5% random ones as in the last checkpoint"""
-    game = Game(name, PLAYERS[name], 1.0 if is_random else RANDOM_SHARES[5], [seed, 0, episode])
+PAGE = """# Scripted players
+
+Printed by `python benchmarks/players.py --scores`. Where nothing can be downloaded, players make data to learn from:
+
+    python benchmarks/players.py --data-dir replay
+    python pretrain_atc.py --data-dir replay --runs 1 --checkpoints 1 2 3 4 5 --games {id_games}
+    python finetune_bc.py --data-dir replay --runs 1 --checkpoints 5 --num-transitions 10000 --game pong
+
+A player reads the console's memory. The addresses are from the public annotations of AtariARI (1906.08226) and OC_Atari
+(2306.08649), except those of basic_math and human_cannonball, which were found by trying. A recording has 5
+checkpoints, in which 100%, 60%, 30%, 10% and 5% of the actions are random; its `source.txt` says `scripted_play`.
+
+Scores are means ± standard errors of {episodes} episodes with sticky actions, where 5% of the player's actions are random.
+The difference of the means is in standard errors of its own. Normalised scores are 0 for random play and 1 for DQN
+after 50M frames; for far-OOD games, for Rainbow after 2M steps. Rows are those that are played and written in a second
+of one core's time, of {machine}.
+
+{table}"""
+
+
+def score(name: str, random_share: float, episode: int, seed: int) -> float:
+    """Score of an episode"""
+    game = Game(name, random_share, [seed, 0, episode])
     total, terminal = 0.0, False
     while not terminal:
         reward, terminal = game.step(game.choose())
@@ -388,7 +420,76 @@ def score(name: str, is_random: bool, episode: int, seed: int) -> float:
 
 
 def speed(name: str) -> float:
-    """Rows a second of processor time, recorded as usual."""
+    """Rows that are played and written in a second of processor time."""
     with TemporaryDirectory() as folder:
         name_source(Path(folder), name)
-        return record(Path(folder), name, checkpoint=5, rows=1_000, seed=0)
+        clock = time.process_time()
+        rows = record(Path(folder), name, checkpoint=5, rows=1_000, seed=0)
+        return rows / (time.process_time() - clock)
+
+
+def write_page(args: Args, names: list[str]) -> str:
+    from common import load, processor  # with PyTorch, which takes seconds to import
+
+    normalize, share = load("finetune_bc").normalize, RANDOM_SHARES[5]
+    jobs = [(score, name, of, n, args.seed) for name in names for of in (share, 1.0) for n in range(args.episodes)]
+    scores = {}
+    for (_, name, of, *_), value in run_all(jobs, args.jobs, "scores", "episode"):
+        scores.setdefault((name, of), []).append(value)
+    rates = {name: rate for (_, name), rate in run_all([(speed, name) for name in names], args.jobs, "speed", "game")}
+    splits = {name: split for split, games in SPLITS.items() for name in games}
+
+    lines = ["| game | split | player | random play | difference | normalised | rows/s |", "|---" * 7 + "|"]
+    for name in names:
+        means = [np.mean(scores[name, of]) for of in (share, 1.0)]
+        errors = [np.std(scores[name, of], ddof=1) / args.episodes**0.5 for of in (share, 1.0)]
+        player, random = (f"{mean:,.1f} ± {error:,.1f}" for mean, error in zip(means, errors, strict=True))
+        difference = f"{(means[0] - means[1]) / np.hypot(*errors):.1f}"
+        cells = [name, splits[name], player, random, difference, f"{normalize(name, means[0]):.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {rates[name]:,.0f} |")
+    id_games = " ".join(name for name in names if name in ID)
+    return PAGE.format(table="\n".join(lines), episodes=args.episodes, id_games=id_games, machine=processor())
+
+
+# === processes ========================================================================================================
+def start_worker() -> None:
+    """A process that leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
+
+
+def run(job: tuple) -> tuple:
+    function, *arguments = job
+    return job, function(*arguments)
+
+
+def run_all(jobs: list[tuple], processes: int, title: str, unit: str) -> list[tuple]:
+    """Runs jobs, functions with their arguments, in processes. Returns pairs of a job and its result."""
+    with multiprocessing.get_context("spawn").Pool(processes, start_worker) as pool:
+        interval = 0.1 if sys.stderr.isatty() else 30
+        results = pool.imap_unordered(run, jobs)
+        return list(tqdm(results, title, len(jobs), unit=unit, mininterval=interval))
+
+
+def main(args: Args) -> None:
+    known = {name.replace("_", ""): name for name in PLAYERS}
+    names = [known.get(name.replace("_", "").lower()) for name in args.games] or list(PLAYERS)
+    if None in names:
+        raise SystemExit(f"Choose --games from: {' '.join(PLAYERS)}")
+    if not args.data_dir and not args.scores:
+        raise SystemExit("Choose --data-dir DIR, to record, or --scores.")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes: NumPy's matrices are small
+    if args.data_dir:
+        folder, jobs = args.data_dir.expanduser(), []
+        for name in sorted(names, key=lambda name: PLAYERS[name] is not LookAhead):  # the slow ones first
+            name_source(folder, name)
+            for checkpoint in RANDOM_SHARES:
+                if not all(path.exists() for path in replay_files(folder, name, checkpoint).values()):
+                    jobs.append((record, folder, name, checkpoint, args.rows, args.seed))
+        run_all(jobs, args.jobs, "recording", "file")
+    if args.scores:
+        print(write_page(args, names))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
