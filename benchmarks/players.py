@@ -1,7 +1,7 @@
 """Scripted players: a few lines a game that play from the console's memory, and record what they play as a data set.
 
-    python benchmarks/players.py --data-dir DIR              records all games, in the layout of the DQN Replay Dataset
-    python benchmarks/players.py --scores > docs/players.md  plays 20 episodes of each, beside random play
+    python benchmarks/players.py --data-dir DIR     records all games, in the layout of the DQN Replay Dataset
+    python benchmarks/players.py --scores           prints the table in docs/players.md
 
 They make data worth learning from where nothing can be downloaded. A recording is run 1 with checkpoints 1 to 5, whose
 quality grows: 100%, 60%, 30%, 10% and 5% of the actions are random. Pre-training reads it with --data-dir DIR --runs 1
@@ -49,7 +49,7 @@ FIELDS["observation"] = np.uint8, (84, 84)  # written last
 @dataclass
 class Args:
     data_dir: Path | None = None  # folder to record into
-    scores: bool = False  # print the page docs/players.md, with a table of scores
+    scores: bool = False  # print a table of scores
     games: tuple[str, ...] = ()  # such as pong; default: all that have a player
     rows: int = 10_000  # rows of each checkpoint, blank ones included
     episodes: int = 20  # of each score
@@ -106,7 +106,7 @@ class Breakout:
         if vy > 0:
             x = reflect(x + vx * min((self.PADDLE_Y - y) / vy, 30), *self.WALLS)
         middle = ram[self.PADDLE_X] + 8
-        return towards(x - middle, "LEFT", "RIGHT", near=8)
+        return towards(x - middle, "LEFT", "RIGHT", near=10)
 
 
 class Pong:
@@ -130,29 +130,16 @@ class Pong:
         return towards(y - middle, "RIGHT", "LEFT", near=8)  # RIGHT is up
 
 
-class Tennis:
-    """Runs along the baseline with the ball, and swings at every second step."""
+class Aim:
+    """Keeps the memory's byte `own` near the byte `target`, plus an offset, and fires at every second step."""
 
-    OWN_X, BALL_X = 26, 16
-    step = 0
-
-    def act(self, ram, ale):
-        self.step += 1
-        move = towards(ram[self.BALL_X] - ram[self.OWN_X], "LEFT", "RIGHT", near=0)
-        if self.step % 2:
-            return move.replace("NOOP", "") + "FIRE"
-        return move
-
-
-class SpaceInvaders:
-    """Stays below the invaders' left columns, and fires at every second step."""
-
-    OWN_X, INVADERS_X = 28, 26
-    step = 0
+    def __init__(self, own: int, target: int, offset: int = 0, near: int = 0):
+        self.own, self.target, self.offset, self.near = own, target, offset, near
+        self.step = 0
 
     def act(self, ram, ale):
         self.step += 1
-        move = towards(ram[self.INVADERS_X] + 20 - ram[self.OWN_X], "LEFT", "RIGHT", near=3)
+        move = towards(ram[self.target] + self.offset - ram[self.own], "LEFT", "RIGHT", self.near)
         if self.step % 2:
             return move
         return move.replace("NOOP", "") + "FIRE"
@@ -191,7 +178,7 @@ class Seaquest:
     LOWEST_LANE = 108
 
     def act(self, ram, ale):
-        x, enemy, faces_left = ram[self.X], ram[self.ENEMY_X], ram[self.FACES_LEFT]
+        x, enemy, faces_left = ram[self.X], ram[self.ENEMY_X], ram[self.FACES_LEFT] > 0
         move = towards(self.LOWEST_LANE - ram[self.Y], "UP", "DOWN", near=6)
         if move == "NOOP" and 0 < enemy < 160 and faces_left != (enemy < x):
             move = towards(enemy - x, "LEFT", "RIGHT", near=0)
@@ -260,13 +247,13 @@ class LookAhead:
 
 ID = {
     "breakout": Breakout,
-    "demon_attack": partial(Repeat, "FIRE", "NOOP"),  # a button must be released before it fires again
-    "enduro": partial(Repeat, "FIRE"),  # accelerates
+    "demon_attack": partial(Repeat, "FIRE"),
+    "enduro": partial(Repeat, "FIRE"),  # the accelerator
     "freeway": partial(Repeat, "UP"),
     "road_runner": partial(Repeat, "LEFT"),
     "skiing": partial(Repeat, "NOOP"),  # straight down
-    "space_invaders": SpaceInvaders,
-    "tennis": Tennis,
+    "space_invaders": partial(Aim, own=28, target=26, offset=20, near=3),  # below the invaders' left columns
+    "tennis": partial(Aim, own=26, target=16),  # along the baseline with the ball
 }
 NEAR_OOD = {"asterix": Asterix, "pong": Pong, "seaquest": Seaquest}
 FAR_OOD = {"basic_math": BasicMath, "human_cannonball": HumanCannonball, "surround": LookAhead}
@@ -389,26 +376,6 @@ def record(data_dir: Path, name: str, checkpoint: int, rows: int, seed: int) -> 
 
 
 # === scores ===========================================================================================================
-PAGE = """# Scripted players
-
-Printed by `python benchmarks/players.py --scores`. Where nothing can be downloaded, players make data to learn from:
-
-    python benchmarks/players.py --data-dir replay
-    python pretrain_atc.py --data-dir replay --runs 1 --checkpoints 1 2 3 4 5 --games {id_games}
-    python finetune_bc.py --data-dir replay --runs 1 --checkpoints 5 --num-transitions 10000 --game pong
-
-A player reads the console's memory. The addresses are from the public annotations of AtariARI (1906.08226) and OC_Atari
-(2306.08649), except those of basic_math and human_cannonball, which were found by trying. A recording has 5
-checkpoints, in which 100%, 60%, 30%, 10% and 5% of the actions are random; its `source.txt` says `scripted_play`.
-
-Scores are means ± standard errors of {episodes} episodes with sticky actions, where 5% of the player's actions are random.
-The difference of the means is in standard errors of its own. Normalised scores are 0 for random play and 1 for DQN
-after 50M frames; for far-OOD games, for Rainbow after 2M steps. Rows are those that are played and written in a second
-of one core's time, of {machine}.
-
-{table}"""
-
-
 def score(name: str, random_share: float, episode: int, seed: int) -> float:
     """Score of an episode"""
     game = Game(name, random_share, [seed, 0, episode])
@@ -428,27 +395,25 @@ def speed(name: str) -> float:
         return rows / (time.process_time() - clock)
 
 
-def write_page(args: Args, names: list[str]) -> str:
+def print_table(args: Args, names: list[str]) -> None:
     from common import load, processor  # with PyTorch, which takes seconds to import
 
-    normalize, share = load("finetune_bc").normalize, RANDOM_SHARES[5]
-    jobs = [(score, name, of, n, args.seed) for name in names for of in (share, 1.0) for n in range(args.episodes)]
-    scores = {}
-    for (_, name, of, *_), value in run_all(jobs, args.jobs, "scores", "episode"):
-        scores.setdefault((name, of), []).append(value)
+    normalize, shares = load("finetune_bc").normalize, (RANDOM_SHARES[5], 1.0)
+    jobs = [(score, name, share, n, args.seed) for name in names for share in shares for n in range(args.episodes)]
+    scores = {(name, share): [] for name in names for share in shares}
+    for (_, name, share, *_), value in run_all(jobs, args.jobs, "scores", "episode"):
+        scores[name, share].append(value)
     rates = {name: rate for (_, name), rate in run_all([(speed, name) for name in names], args.jobs, "speed", "game")}
-    splits = {name: split for split, games in SPLITS.items() for name in games}
-
-    lines = ["| game | split | player | random play | difference | normalised | rows/s |", "|---" * 7 + "|"]
+    print(f"{processor()}, means ± standard errors of {args.episodes} episodes\n")
+    print("| game | split | player | random play | difference | normalised | rows/s |\n|---|---|---|---|---|---|---|")
     for name in names:
-        means = [np.mean(scores[name, of]) for of in (share, 1.0)]
-        errors = [np.std(scores[name, of], ddof=1) / args.episodes**0.5 for of in (share, 1.0)]
+        split = next(split for split, games in SPLITS.items() if name in games)
+        means = [np.mean(scores[name, share]) for share in shares]
+        errors = [np.std(scores[name, share], ddof=1) / args.episodes**0.5 for share in shares]
         player, random = (f"{mean:,.1f} ± {error:,.1f}" for mean, error in zip(means, errors, strict=True))
-        difference = f"{(means[0] - means[1]) / np.hypot(*errors):.1f}"
-        cells = [name, splits[name], player, random, difference, f"{normalize(name, means[0]):.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {rates[name]:,.0f} |")
-    id_games = " ".join(name for name in names if name in ID)
-    return PAGE.format(table="\n".join(lines), episodes=args.episodes, id_games=id_games, machine=processor())
+        difference = (means[0] - means[1]) / np.hypot(*errors)
+        row = f"{player} | {random} | {difference:.1f} | {normalize(name, means[0]):.2f} | {rates[name]:,.0f}"
+        print(f"| {name} | {split} | {row} |")
 
 
 # === processes ========================================================================================================
@@ -488,7 +453,7 @@ def main(args: Args) -> None:
                     jobs.append((record, folder, name, checkpoint, args.rows, args.seed))
         run_all(jobs, args.jobs, "recording", "file")
     if args.scores:
-        print(write_page(args, names))
+        print_table(args, names)
 
 
 if __name__ == "__main__":
