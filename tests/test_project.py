@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import subprocess
 import tomllib
@@ -83,6 +84,21 @@ def test_performance_tells_of_every_benchmark():
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "rainbow_learning", "study"}
     assert set(parts.split()) == files
     assert all(f"`python benchmarks/{part}.py`" in page for part in files)
+
+
+@pytest.mark.parametrize("target", ["quickstart", "table"])
+def test_make_sets_the_allocator(target, tmp_path):
+    """Every script that these targets start has its settings."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$MALLOC_MMAP_MAX_ $MALLOC_TRIM_THRESHOLD_" >> {tmp_path}/started\n')
+    python.chmod(0o755)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "installed").touch()
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "MAKE"))}
+    subprocess.run(["make", "-f", ROOT / "Makefile", target], cwd=tmp_path, env=bare, check=True, capture_output=True)
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) > 15 and set(started) == {f"0 {2**34}"}
 
 
 def test_games_are_the_benchmarks():
