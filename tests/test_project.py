@@ -133,6 +133,21 @@ def test_performance_tells_of_every_benchmark():
     assert all(f"`python benchmarks/{part}.py`" in page for part in files)
 
 
+@pytest.mark.parametrize("target", ["quickstart", "table"])
+def test_make_sets_the_allocator(target, tmp_path):
+    """Every script that these targets start has its settings."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$MALLOC_MMAP_MAX_ $MALLOC_TRIM_THRESHOLD_" >> {tmp_path}/started\n')
+    python.chmod(0o755)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "installed").touch()
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "MAKE"))}
+    subprocess.run(["make", "-f", ROOT / "Makefile", target], cwd=tmp_path, env=bare, check=True, capture_output=True)
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) > 15 and set(started) == {f"0 {2**34}"}
+
+
 def test_games_are_the_benchmarks():
     """Names, splits, ids and action counts are those of the score table, and of ale-py's environments."""
     from ale_py.vector_env import AtariVectorEnv
