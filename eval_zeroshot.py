@@ -486,8 +486,7 @@ def evaluate(args: Args) -> None:
     device, precision = set_up_device(args.device, args.precision, compiles=False)
     content = load_checkpoint(args.checkpoint)
     try:
-        facts = describe(content, ("backbone", "neck", "head"))
-        facts["data"] = facts["pretraining"]["data"] if facts["pretraining"] else "unknown"
+        facts = describe(content, ("backbone", "neck", "head")) | {"data": None}  # as nothing is fine-tuned
         content = content if "args" in content else from_authors(content, args.checkpoint)
         policy = Policy(content).to(device).eval()
     except (KeyError, RuntimeError) as error:
