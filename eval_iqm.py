@@ -21,21 +21,28 @@ are drawn from its own, with replacement, for X and Y independently.
 All games need the same number of seeds. --allow-missing takes others: a score then weighs 1 / (its game's number of
 seeds), so that all games weigh the same, and the IQM leaves out a quarter of the weight at either end.
 
+Results that were not made alike are refused: of a method, by other arguments or another pre-training; of a method and
+seed, from another backbone; of a game, on other data; methods pre-trained on other data; smoke tests beside others.
+--allow-mixed takes them, and what is mixed then stands under the table.
+
     python eval_iqm.py                                        # the scores in results/, as the fine-tunings write them
     python eval_iqm.py --suites bc --methods random curl atc  # some of them
     python eval_iqm.py --improvement-over e2e                 # instead of over random
     python eval_iqm.py --csv scores.csv                       # anybody's, with columns suite, method, game, seed, score
 
-Prints a table for each suite (bc, rainbow, zeroshot, ...) and split. Writes reports/iqm.md, iqm.json, iqm.png,
-profiles.png and, where there is a method to compare with, improvement.png.
+Prints a table for each suite (bc, rainbow, zeroshot, ...) and split. Writes reports/iqm.md (also with all scores),
+iqm.json, iqm.png, profiles.png and, where there is a method to compare with, improvement.png.
 """
 
 import csv
 import io
 import itertools
 import json
+import tempfile
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +62,7 @@ class Args:
     methods: tuple[str, ...] = ()  # methods to show, in this order; default: all
     improvement_over: str = ""  # method to compare the others with; default: random, where it is shown
     allow_missing: bool = False  # show, marked *, methods that lack games or seeds; each game weighs the same
-    allow_mixed: bool = False  # show a method with different backbones or data, and smoke tests beside other results
+    allow_mixed: bool = False  # show results that were not made alike; what is mixed stands under the table
     resamples: int = 50_000  # bootstrap resamples, for each method and split
     seed: int = 0  # random seed of the bootstrap
     output_dir: Path = Path("reports")  # folder for iqm.md, iqm.json and the figures
@@ -151,6 +158,31 @@ def improvement(x: Scores, y: Scores, resamples: int, seed: int) -> dict[str, fl
     return dict(zip(ENDS, found[:, 0].tolist(), strict=True))
 
 
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
+
+
+def expand_user(args) -> None:
+    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
+
+
 # === games [shared] ===================================================================================================
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
@@ -209,13 +241,28 @@ GROUPS = {  # the paper's methods, by what they learn from, in the order of the 
     "trajectory": "dt cql_mse cql".split(),
 }
 GROUP_OF = {method: group for group, methods in GROUPS.items() for method in methods}
-# What older results and tables lack: smoke tests are on random play or have a shortened evaluation; `backbone` is a
-# digest of the pre-trained weights, `data` the source of the fine-tuning data; `pretraining` has step and total_steps.
-UNKNOWN = {"smoke_test": False, "backbone": None, "data": None, "pretraining": None}
+# What all results of a suite, or all of the same method, game or seed, have in common: a fact and these keys. A smoke
+# test is on random play or has a shortened evaluation; the backbone is a digest of the pre-trained weights.
+KEYS_OF = {"smoke_test": (), "backbone": ("method", "seed"), "data": ("game",)}
+KEYS_OF |= dict.fromkeys("args.runs args.checkpoints args.num_transitions args.action_offset".split(), ("game",))
+KEYS_OF |= {f"pretraining.{name}": () for name in "data games runs checkpoints rows_per_checkpoint".split()}
+OTHERS = ("method",)  # keys of all other arguments of the fine-tuning (args) and the pre-training, but for these
+IRRELEVANT = """seed game games method checkpoint backbone pretraining data data_dir play_rows cache_dir replay_dir
+    results device compile video overwrite log_every save_every""".split()
+
+
+def find_facts(record: dict) -> dict:
+    """What a result is compared by, such as "args.epochs" and "pretraining.step". Older results have fewer facts."""
+    facts = {name: record[name] for name in ("smoke_test", "backbone", "data") if name in record}
+    if "pretraining" in record:
+        pretraining = record["pretraining"] or {"step": None}  # without one, or from the authors' file
+        facts |= {f"pretraining.{name}": value for name, value in pretraining.items()}
+    args = record.get("args", {})
+    return facts | {f"args.{name}": value for name, value in args.items() if name not in IRRELEVANT}
 
 
 def parse(place: str, record: dict) -> dict:
-    """A result with its normalised score x."""
+    """A result with its normalised score x and its facts."""
     absent = [key for key in KEYS if record.get(key) in (None, "")]
     if absent:
         raise SystemExit(f"{place} lacks {', '.join(absent)}.")
@@ -226,14 +273,35 @@ def parse(place: str, record: dict) -> dict:
         raise SystemExit(f"{place}: {error}") from error
     if not np.isfinite(x):
         raise SystemExit(f"{place}: the score is {record['score']}.")
-    return UNKNOWN | record | {"place": place, "game": game, "seed": seed, "x": x}
+    return record | {"place": place, "game": game, "seed": seed, "x": x, "facts": find_facts(record)}
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Results from a table as spreadsheets write it, separated by commas, semicolons or tabs"""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not in UTF-8. Export it again, with this encoding.") from error
+    lines = text.splitlines()
+    separator = max(",;\t", key="".join(lines[:1]).count)
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)
+    absent = [key for key in KEYS if key not in (reader.fieldnames or KEYS)]
+    if absent:
+        raise SystemExit(f"{path}, line 1: no {', '.join(absent)}, separated by commas, semicolons or tabs.")
+    results = []
+    for row in reader:
+        record = {key: row[key] for key in KEYS}
+        if any(record.values()):  # spreadsheets may end with blank rows
+            if separator == ";":  # where 1.5 is written 1,5
+                record["score"] = (record["score"] or "").replace(",", ".")
+            results.append(parse(f"{path}, line {reader.line_num}", record))
+    return results
 
 
 def read(args: Args) -> list[dict]:
     if args.csv:
-        with open(args.csv, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            return [parse(f"{args.csv}, line {reader.line_num}", {key: row.get(key) for key in KEYS}) for row in reader]
+        return read_csv(args.csv)
     results = []
     for path in sorted(args.results.glob("*/*/*/seed*.json")):
         try:
@@ -288,16 +356,20 @@ def missing(results: list[dict]) -> dict[str, str]:
 
 
 def mixed(results: list[dict]) -> list[str]:
-    """Where results of a suite differ in what they should have in common, with an example of each value."""
-    groups = [("smoke_test", "", results)]
-    for method, of_method in by("method", results).items():
-        groups += [(name, f", {method}", of_method) for name in ("backbone", "data", "pretraining")]
+    """The facts in which results of a suite must not differ and do: where, and an example of two values."""
+    first, differing = {}, {}
+    for result in results:
+        for name, value in result["facts"].items():
+            group = tuple(result[key] for key in KEYS_OF.get(name, OTHERS))
+            other = first.setdefault((name, group), result)
+            if other["facts"][name] != value:
+                differing.setdefault(name, {}).setdefault(group, (other, result))
     lines = []
-    for name, method, group in groups:
-        examples = {json.dumps(result[name]): result["place"] for result in group}
-        if len(examples) > 1:
-            values = ", but ".join(f"{value} in {place}" for value, place in examples.items())
-            lines.append(f"{group[0]['suite']}{method}: {name} is {values}.")
+    for name, examples in differing.items():
+        where = [" seed ".join(map(str, group)) for group in examples if group]  # such as "atc", "atc seed 0", "pong"
+        one, other = next(iter(examples.values()))
+        values = [f"{json.dumps(result['facts'][name])} in {result['place']}" for result in (one, other)]
+        lines.append(f"{', '.join([one['suite'], *where])}: {name} is {', but '.join(values)}.")
     return lines
 
 
@@ -328,12 +400,12 @@ def describe(results: list[dict], split: str) -> dict:
         notes.append("Games with a single seed add nothing to the width of an interval.")
     if NOT_IN_MEAN in games and len(games) > 1:
         notes.append(f"The mean leaves out {NOT_IN_MEAN}: its random score is its reference score.")
-    smoke_test = any(result["smoke_test"] for result in results)
+    smoke_test = any(result.get("smoke_test") for result in results)
     if smoke_test:
         notes.append("Smoke tests, on random play or with a shortened evaluation, do not tell how good a method is.")
     notes += [f"Mixed: {line}" for line in mixed(results)]
     for result in results:
-        done = result["pretraining"]
+        done = result.get("pretraining")
         if done and done["step"] < done["total_steps"]:
             steps = f"step {done['step']:,} of {done['total_steps']:,}"
             notes.append(f"{result['method']}: pre-training is unfinished, at {steps}.")
@@ -360,9 +432,26 @@ def as_markdown(title: str, estimates: dict, facts: dict, over: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scores_as_markdown(suite: str, results: list[dict]) -> str:
+    """A table of games and methods: the mean of the raw scores over the seeds, and their number"""
+    methods = by("method", results)
+    width = max(14, *map(len, methods))
+    lines = [f"## {suite}: mean raw scores (number of seeds)", ""]
+    lines += [f"| {'game':17} | {' | '.join(f'{method:>{width}}' for method in methods)} |"]
+    lines += [f"| {'-' * 17} | {' | '.join(['-' * (width - 1) + ':'] * len(methods))} |"]
+    for game, of_game in sorted(by("game", results).items()):
+        cells = dict.fromkeys(methods, "-")
+        for method, of_method in by("method", of_game).items():
+            scores = [float(result["score"]) for result in of_method]
+            cells[method] = f"{np.mean(scores):.2f} ({len(scores)})"
+        lines += [f"| {game:17} | {' | '.join(f'{cell:>{width}}' for cell in cells.values())} |"]
+    return "\n".join(lines) + "\n"
+
+
 # === figures ==========================================================================================================
 SHADES = {"baseline": "Greys", "image": "Blues", "video": "Greens", "demonstration": "Oranges", "trajectory": "Purples"}
 SHADES["other"] = "RdPu"  # of methods that are not the paper's
+matplotlib.rcParams["text.parse_math"] = False  # names with a $ are drawn as they are
 
 
 def colours(methods: set[str]) -> dict[str, tuple]:
@@ -421,6 +510,7 @@ def draw(tables: dict, facts: dict, name: str, caption: str) -> Figure:
 
 # === main =============================================================================================================
 def report(args: Args) -> None:
+    expand_user(args)
     if args.resamples < 1:
         raise SystemExit("--resamples must be at least 1.")
     results = load(args)
@@ -428,13 +518,13 @@ def report(args: Args) -> None:
     for suite, of_suite in suites.items():
         lines = mixed(of_suite)
         if lines and not args.allow_mixed:
-            raise SystemExit(f"{lines[0]} Evaluate one of them again, choose other --methods, or use --allow-mixed.")
+            raise SystemExit(f"{lines[0]}\nMake one of them again, choose other --methods, or use --allow-mixed.")
         lines = [f"{suite}: {method} has only {what}." for method, what in missing(of_suite).items()]
         if lines and not args.allow_missing:
             raise SystemExit("\n".join([*lines, "Evaluate the rest, choose other --methods, or use --allow-missing."]))
     over = args.improvement_over or "random" * ("random" in methods)
     choose("--improvement-over", (over,) if over else (), methods)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output_dir)
 
     tables, facts, text = {suite: {} for suite in suites}, {suite: {} for suite in suites}, ""
     for suite, split in itertools.product(suites, SPLITS):
@@ -454,16 +544,16 @@ def report(args: Args) -> None:
     pictures = "\n\n".join(f"![{name}]({name}.png)" for name in figures)
     metadata = {"resamples": args.resamples, "seed": args.seed, "improvement_over": over, "tau": TAU.tolist()}
     metadata |= {"groups": GROUPS, "splits": facts}
-    files = {"iqm.md": f"# DQN-normalised scores with {interval}\n\n{pictures}\n\n{text}".encode()}
+    scores = "\n".join(scores_as_markdown(suite, of_suite) for suite, of_suite in suites.items())
+    files = {"iqm.md": f"# DQN-normalised scores with {interval}\n\n{pictures}\n\n{text}\n{scores}".encode()}
     files["iqm.json"] = json.dumps({"results": tables, "metadata": metadata}, indent=2).encode()
     for name, figure in figures.items():
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150)
         files[f"{name}.png"] = image.getvalue()
     for name, content in files.items():
-        temporary = args.output_dir / f".{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(args.output_dir / name)  # in one move: there is always a whole file
+        with whole_file(args.output_dir / name) as temporary:
+            temporary.write_bytes(content)
     if "improvement" not in figures:
         (args.output_dir / "improvement.png").unlink(missing_ok=True)  # of an earlier report
     print(f"{text}Written to {args.output_dir}: {', '.join(files)}")

@@ -17,6 +17,8 @@ f is the ResNet-50, g the neck, h the head. At the stack of frames o_t the playe
 import json
 import math
 import os
+import shutil
+import sys
 import tempfile
 import uuid
 import zlib
@@ -36,16 +38,32 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-# === processes and precision [shared] =================================================================================
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
+# === processes, precision and seeds [shared] ==========================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+# Of progress bars. In a file, they are a line every 30 seconds.
+BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
+def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
+    """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
+    device = torch.device(device)
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
+    low = precision == "bf16" or (precision == "auto" and native)
+    if RANK == 0:
+        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
+    if compiles and not any(compilers):
+        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    return device, torch.autocast(device.type, torch.bfloat16, low)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === arguments ========================================================================================================
@@ -83,7 +101,10 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
+
+    Torchvision's names: bn is a norm, whichever it is.
+    """
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -129,7 +150,7 @@ class Neck(nn.Module):
 
     def __init__(self, channels: int, games: int):
         super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
 
@@ -143,7 +164,7 @@ class GameLinear(nn.Module):
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(games, features, outputs))
+        self.weight = nn.Parameter(torch.randn(games, features, outputs))  # N(0, 1), as in the original code
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
@@ -341,19 +362,24 @@ def load_checkpoint(path: Path) -> dict:
                 name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
                 if not name.startswith("stem."):  # the authors' files hold the first convolution twice
                     content[part][name] = value
+        if "bn1.weight" in content["backbone"] and not Norm(4).state_dict():
+            raise SystemExit(f"{path} has batch norms, this script has not: ablations/batch-norm.patch gives it some.")
         return content
     except Exception as error:
         raise SystemExit(f"{path} is no checkpoint of pretrain_*.py or the authors: {type(error).__name__}") from error
 
 
-def describe(content: dict) -> dict:
-    """What results say of a checkpoint: a digest of its backbone, and the steps and the data of its pre-training"""
+def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
+    """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
     digest, args, pretraining = 0, content.get("args"), None
-    for _, value in sorted(content["backbone"].items()):
-        digest = zlib.crc32(value.numpy().tobytes(), digest)
+    for part in parts:
+        for _, value in sorted(content[part].items()):
+            digest = zlib.crc32(value.numpy().tobytes(), digest)
     if args:  # the authors' files have none
-        data = args.get("data", "dqn_replay" if args["data_dir"] else "random_play")
-        pretraining = {"step": content["step"], "total_steps": args["total_steps"], "data": data}
+        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
+            eval_every save_every""".split()  # to what is learned
+        pretraining = {"step": content["step"]}
+        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
         if content["step"] < args["total_steps"]:
             print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
@@ -405,14 +431,19 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
     """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
+    if "/" in method or method in (".", ".."):
+        raise SystemExit(f"--method {method} is no name for a folder: choose one without a slash.")
     path = args.results / suite / method / game / f"seed{args.seed}.json"
     plain_args = json.loads(json.dumps(asdict(args) | facts | {"game": game, "method": method}, default=str))
     if path.exists() and not args.overwrite:
         old = json.loads(path.read_text())["args"]
-        changed = {name: x for name, x in old.items() if name not in MAY_CHANGE and plain_args.get(name) != x}
+        compared = old.keys() - {*MAY_CHANGE, "pretraining"}  # the backbone's digest stands for its pre-training
+        changed = {name: old[name] for name in sorted(compared) if plain_args.get(name) != old[name]}
         if changed:
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
         print(f"{path} is there already. To make it again: --overwrite")
+    else:
+        make_folder(path.parent)
     return path, plain_args
 
 
@@ -427,7 +458,6 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {name: args[name] for name in ("checkpoint", "backbone", "pretraining", "data")}
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
@@ -454,24 +484,26 @@ def from_authors(content: dict, path: Path) -> dict:
 
 
 def evaluate(args: Args) -> None:
+    expand_user(args)
     if min(args.eval_episodes, args.max_episode_steps) < 1:
         raise SystemExit("--eval-episodes and --max-episode-steps must be at least 1.")
-    content, device = load_checkpoint(args.checkpoint), torch.device(args.device)
-    facts = describe(content)
-    facts["data"] = facts["pretraining"]["data"] if facts["pretraining"] else "unknown"
+    device, precision = set_up_device(args.device, args.precision, compiles=False)
+    content = load_checkpoint(args.checkpoint)
     try:
+        facts = describe(content, ("backbone", "neck", "head")) | {"data": None}  # as nothing is fine-tuned
         content = content if "args" in content else from_authors(content, args.checkpoint)
         policy = Policy(content).to(device).eval()
     except (KeyError, RuntimeError) as error:
         raise SystemExit(f"{args.checkpoint} holds no policy. BC, DT and CQL learn one.") from error
-    for game in [parse_game(name, content["games"]) for name in args.games] or content["games"]:
-        result, plain_args = find_result(args, "zeroshot", args.method or content["objective"], game, facts)
-        if result.exists() and not args.overwrite:
-            continue
+    for game in dict.fromkeys(parse_game(name, content["games"]) for name in args.games) or content["games"]:
         policy.game_id, policy.history = DQN_REPLAY_GAMES.index(game), []
         if policy.is_dt and policy.neck.largest_return[policy.game_id].isinf():
             raise SystemExit(f"{args.checkpoint} has seen nothing of {game}: choose other --games.")
-        with autocast(device, args.precision), torch.no_grad():
+        result, plain_args = find_result(args, "zeroshot", args.method or content["objective"], game, facts)
+        if result.exists() and not args.overwrite:
+            continue
+        result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
+        with precision, torch.no_grad():
             scores, film = play_episodes(game, policy, args)
         save_result(result, game, scores, plain_args)
         if args.video:

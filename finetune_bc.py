@@ -23,6 +23,8 @@ import gzip
 import json
 import math
 import os
+import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -46,16 +48,32 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# === processes and precision [shared] =================================================================================
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
+# === processes, precision and seeds [shared] ==========================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+# Of progress bars. In a file, they are a line every 30 seconds.
+BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
+def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
+    """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
+    device = torch.device(device)
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
+    low = precision == "bf16" or (precision == "auto" and native)
+    if RANK == 0:
+        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
+    if compiles and not any(compilers):
+        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    return device, torch.autocast(device.type, torch.bfloat16, low)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === arguments ========================================================================================================
@@ -74,8 +92,8 @@ class Args:
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; as in pre-training
 
     data_dir: Path | None = None  # the DQN Replay Dataset; default: a smoke test on random play
-    runs: tuple[int, ...] = (1, 2, 3, 4, 5)  # runs of the DQN agent to read
-    checkpoints: tuple[int, ...] = (50,)  # replay checkpoints to read, for each run
+    runs: tuple[int, ...] = ()  # runs of the agent to read; default: 1 to 5, of far-OOD games 1
+    checkpoints: tuple[int, ...] = ()  # replay checkpoints to read, for each run; default: 50, of far-OOD games 2
     num_transitions: int = 50_000  # rows to read in all, an equal part from the start of each checkpoint; few: few-shot
     action_offset: int = 0  # added to recorded actions: 1 for the authors' basic_math and othello, which lack action 0
     play_rows: int = 1_000  # rows to play when there is no --data-dir
@@ -113,7 +131,10 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
+
+    Torchvision's names: bn is a norm, whichever it is.
+    """
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -159,7 +180,7 @@ class Neck(nn.Module):
 
     def __init__(self, channels: int, games: int):
         super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
 
@@ -173,7 +194,7 @@ class GameLinear(nn.Module):
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(games, features, outputs))
+        self.weight = nn.Parameter(torch.randn(games, features, outputs))  # N(0, 1), as in the original code
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
@@ -182,7 +203,7 @@ class GameLinear(nn.Module):
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
+HISTORY = 3  # a stack is a row's frame and those of the 3 rows before it: 4 frames
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
@@ -190,14 +211,16 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
-    episode = is_first.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], episodes that began within the stack, up to this frame
+    size = HISTORY + 1
+    episode = is_first.unfold(1, size, 1).cumsum(-1)  # [b, n, 4], episodes begun within the stack, up to this frame
     same = episode == episode[..., -1:]  # frames of the same episode as the stack's last frame
-    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
+    return frames.unfold(1, size, 1).movedim(-1, 2) * same[..., None, None]
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
     """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
-    b, device = len(stacks), stacks.device
+    b = len(stacks)
+    device = stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
     rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each
@@ -307,19 +330,24 @@ def load_checkpoint(path: Path) -> dict:
                 name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
                 if not name.startswith("stem."):  # the authors' files hold the first convolution twice
                     content[part][name] = value
+        if "bn1.weight" in content["backbone"] and not Norm(4).state_dict():
+            raise SystemExit(f"{path} has batch norms, this script has not: ablations/batch-norm.patch gives it some.")
         return content
     except Exception as error:
         raise SystemExit(f"{path} is no checkpoint of pretrain_*.py or the authors: {type(error).__name__}") from error
 
 
-def describe(content: dict) -> dict:
-    """What results say of a checkpoint: a digest of its backbone, and the steps and the data of its pre-training"""
+def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
+    """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
     digest, args, pretraining = 0, content.get("args"), None
-    for _, value in sorted(content["backbone"].items()):
-        digest = zlib.crc32(value.numpy().tobytes(), digest)
+    for part in parts:
+        for _, value in sorted(content[part].items()):
+            digest = zlib.crc32(value.numpy().tobytes(), digest)
     if args:  # the authors' files have none
-        data = args.get("data", "dqn_replay" if args["data_dir"] else "random_play")
-        pretraining = {"step": content["step"], "total_steps": args["total_steps"], "data": data}
+        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
+            eval_every save_every""".split()  # to what is learned
+        pretraining = {"step": content["step"]}
+        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
         if content["step"] < args["total_steps"]:
             print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
@@ -352,21 +380,22 @@ ROW = np.dtype([("frame", "u1", (84, 84)), *FIELDS])  # 7,064 bytes; is_first ma
 PADDING = 3  # blank rows before every episode in the dataset
 
 
-def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
-    """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are integers to `most`."""
+def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
+    """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are from 0 to `most`."""
     try:
         with gzip.open(path) as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            (total, *shape), fortran_order, dtype = read_header(file)
-            if fortran_order and shape:
-                raise ValueError("its array is in Fortran order, not in C order")
-            count = int(min(rows, total))
-            content = file.read(count * math.prod(shape) * dtype.itemsize)
+            if np.lib.format.read_magic(file) == (1, 0):
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+            if fortran_order and len(shape) > 1:
+                raise ValueError("its array is in Fortran order")
+            count = int(min(rows, shape[0]))
+            content = file.read(count * math.prod(shape[1:]) * dtype.itemsize)
             file.read(1)  # if that was all, this compares the file's checksum
-        values = np.frombuffer(content, dtype).reshape(count, *shape)
-        if most < math.inf and not (np.array_equal(values, values.astype(np.uint8)) and values.max() <= most):
-            raise ValueError(f"it holds {dtype} from {values.min()} to {values.max()}, not integers from 0 to {most}")
+        values = np.frombuffer(content, dtype).reshape(count, *shape[1:])
+        if most and (values.min(initial=0) < 0 or values.max(initial=0) > most):
+            raise ValueError(f"its numbers are not all from 0 to {most}")
         return values
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SystemExit(f"{path} cannot be read ({error}). If it is damaged, download it again.") from error
@@ -374,25 +403,29 @@ def read_npy(path: Path, rows: float, most: float = math.inf) -> np.ndarray:
 
 def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
     """Writes the first `rows` rows as a shard. Rewards and terminals may have more rows, for the returns-to-go."""
-    reward, terminal = np.sign(np.nan_to_num(reward.astype(np.float32))), terminal.astype(bool)
+    reward = np.sign(np.nan_to_num(reward.astype(np.float32)))
+    terminal = terminal.astype(bool)
     to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
     last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
     return_to_go = to_end[:rows] - to_end[1 + last[np.searchsorted(last, np.arange(rows))]]
-    reward, terminal = reward[:rows], terminal[:rows]
+    reward = reward[:rows]
+    terminal = terminal[:rows]
 
+    # Padding is what is blank at the beginning of an episode, and of the file, which may begin amid padding.
     blank = ~frame.any((1, 2)) & (action == 0) & (reward == 0) & ~terminal
     padding = np.full(rows, False)
-    padding[:PADDING] = np.logical_and.accumulate(blank[:PADDING])  # the rows may begin amid padding
-    for first in np.flatnonzero(terminal) + 1:
-        padding[first : first + PADDING] = blank[first : first + PADDING].all()
-    shard = np.zeros(HISTORY + np.count_nonzero(~padding), ROW)
+    for first in [0, *np.flatnonzero(terminal) + 1]:
+        padding[first : first + PADDING] = np.logical_and.accumulate(blank[first : first + PADDING])
+    history = HISTORY if padding[0] else 0  # blank rows that the file's first row needs if it begins an episode
+    shard = np.zeros(history + np.count_nonzero(~padding), ROW)
     columns = dict(frame=frame, action=action, reward=reward, terminal=terminal, return_to_go=return_to_go)
     for name, column in columns.items():
-        shard[name][HISTORY:] = column[~padding]
+        shard[name][history:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
-    shard["is_first"][HISTORY : HISTORY + 1] = padding[0]  # a slice, as there may be no such row
+    if history > 0:
+        shard["is_first"][history : history + 1] = True  # a slice, as there may be no such row
     with whole_file(path) as temporary:
-        shard[0 if padding[0] else HISTORY :].tofile(temporary)  # blank rows only before an episode's first row
+        shard.tofile(temporary)
 
 
 def game_folder(data_dir: Path, game: str) -> Path:
@@ -402,14 +435,10 @@ def game_folder(data_dir: Path, game: str) -> Path:
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
     """A checkpoint's files, as the bucket names them or as Atari-PB's and SGI's download scripts do."""
     folder = game_folder(args.data_dir, game)
-    stand_ins = [n for n in (49, 48) if n not in args.checkpoints] if checkpoint == 50 else []  # a few runs lack 50
-    for n in (checkpoint, *stand_ins):
-        for layout in (f"{run}/replay_logs/$store$_%s_ckpt.{n}.gz", f"%s_{run}_{n}.gz"):
-            files = [folder / (layout % field) for field in ("observation", "action", "reward", "terminal")]
-            if all(file.exists() for file in files):
-                if n != checkpoint:
-                    print(f"{game}: checkpoint {n} of run {run} stands in for checkpoint {checkpoint}.", flush=True)
-                return files
+    for layout in (f"{run}/replay_logs/$store$_%s_ckpt.{checkpoint}.gz", f"%s_{run}_{checkpoint}.gz"):
+        files = [folder / (layout % field) for field in ("observation", "action", "reward", "terminal")]
+        if all(file.exists() for file in files):
+            return files
     raise SystemExit(f"{folder} lacks files of run {run}, checkpoint {checkpoint}. Where to get them: docs/data.md")
 
 
@@ -419,10 +448,12 @@ def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path
     versions = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     path = args.cache_dir / f"{game}_{run}_{checkpoint}_{rows}_{zlib.crc32(repr(versions).encode()):08x}.bin"
     if not path.exists():
-        frame, action = read_npy(files[0], rows, most=255), read_npy(files[1], rows, most=17)
-        reward, terminal = read_npy(files[2], math.inf), read_npy(files[3], math.inf, most=1)
-        reward, terminal = reward[:-1], terminal[:-1]  # the last row may be stale
-        if frame.size != rows * 84 * 84 or not 0 < len(action) == rows <= len(reward) == len(terminal):
+        frame = read_npy(files[0], rows, most=255)
+        action = read_npy(files[1], rows, most=17)
+        reward = read_npy(files[2], math.inf)[:-1]  # the last row may be stale
+        terminal = read_npy(files[3], math.inf, most=1)[:-1]
+        lengths = {len(frame), len(action), min(len(reward), rows), min(len(terminal), rows)}
+        if lengths != {rows} or len(reward) != len(terminal) or frame.size != rows * 84 * 84:
             raise SystemExit(f"{files[0]} has not {rows} usable rows of 84 x 84, or its files differ: read fewer rows.")
         save_shard(path, rows, frame.reshape(rows, 84, 84), action, reward, terminal)
     return path
@@ -437,33 +468,43 @@ def play_shard(args, rows: int, game: str) -> Path:
         env = AtariVectorEnv(game, 1, autoreset_mode=AutoresetMode.SAME_STEP, **options)
         stack, _ = env.reset(seed=0)  # [1, 4, 84, 84]
         rng = np.random.default_rng(0)
-        frames, numbers = np.zeros((rows, 84, 84), np.uint8), np.zeros((3, rows), int)
+        frames = np.zeros((rows, 84, 84), np.uint8)
+        actions, rewards, terminals = np.zeros((3, rows), int)
         for row in range(rows):
-            frames[row], action = stack[0, -1], rng.integers(env.single_action_space.n)
-            stack, reward, terminated, truncated, _ = env.step(np.array([action]))
-            numbers[:, row] = action, reward[0], terminated[0] or truncated[0]
-        save_shard(path, rows, frames, *numbers)
+            frames[row] = stack[0, -1]
+            actions[row] = rng.integers(env.single_action_space.n)
+            stack, reward, terminated, truncated, _ = env.step(actions[row : row + 1])
+            rewards[row] = reward[0]
+            terminals[row] = terminated[0] or truncated[0]
+        save_shard(path, rows, frames, actions, rewards, terminals)
     return path
 
 
 def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
-    args.cache_dir.mkdir(parents=True, exist_ok=True)
-    jobs = [(rows, game, run, checkpoint) for game in games for run in args.runs for checkpoint in args.checkpoints]
-    make, sources = prepare_shard, set()
+    make_folder(args.cache_dir)
     if args.data_dir is None:
-        jobs = [(args.play_rows, game) for game in games]
-        make, sources = play_shard, {"random_play"}
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
+        make = play_shard
+        jobs = [(args.play_rows, game) for game in games]
+        sources = {"random_play"}
     else:
+        make = prepare_shard
+        runs, checkpoints = dict.fromkeys(args.runs), dict.fromkeys(args.checkpoints)  # each of them once
+        jobs = [(rows, game, run, checkpoint) for game in games for run in runs for checkpoint in checkpoints]
+        sources = set()
         for game in games:
-            note = game_folder(args.data_dir, game) / "source.txt"  # by download_data.py and Rainbow's recordings
+            note = game_folder(args.data_dir, game) / "source.txt"  # of data that is not from the bucket
             sources.add(note.read_text().strip() if note.exists() else "dqn_replay")
-    if not jobs or rows < 1:
-        raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
-    paths = thread_map(lambda job: make(args, *job), jobs, desc="preparing data", leave=False)
-    game_ids = [DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0 for _, game, *_ in jobs]  # far-OOD: 0
-    return list(zip(game_ids, paths, strict=True)), "+".join(sorted(sources))
+        if not jobs or rows < 1:
+            raise SystemExit("There must be at least one of --runs, one of --checkpoints and one row to read of each.")
+    # Four at a time, so that no more than four files' rows are in memory.
+    paths = thread_map(lambda job: make(args, *job), jobs, max_workers=4, desc="preparing data", leave=False, **BAR)
+    shards = []
+    for (_, game, *_), path in zip(jobs, paths, strict=True):
+        game_id = DQN_REPLAY_GAMES.index(game) if game in DQN_REPLAY_GAMES else 0  # far-OOD games have none
+        shards.append((game_id, path))
+    return shards, "+".join(sorted(sources))
 
 
 # === learning-rate schedule [shared] ==================================================================================
@@ -521,14 +562,19 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
     """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
+    if "/" in method or method in (".", ".."):
+        raise SystemExit(f"--method {method} is no name for a folder: choose one without a slash.")
     path = args.results / suite / method / game / f"seed{args.seed}.json"
     plain_args = json.loads(json.dumps(asdict(args) | facts | {"game": game, "method": method}, default=str))
     if path.exists() and not args.overwrite:
         old = json.loads(path.read_text())["args"]
-        changed = {name: x for name, x in old.items() if name not in MAY_CHANGE and plain_args.get(name) != x}
+        compared = old.keys() - {*MAY_CHANGE, "pretraining"}  # the backbone's digest stands for its pre-training
+        changed = {name: old[name] for name in sorted(compared) if plain_args.get(name) != old[name]}
         if changed:
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
         print(f"{path} is there already. To make it again: --overwrite")
+    else:
+        make_folder(path.parent)
     return path, plain_args
 
 
@@ -543,7 +589,6 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {name: args[name] for name in ("checkpoint", "backbone", "pretraining", "data")}
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
@@ -554,14 +599,19 @@ MAY_CHANGE = "checkpoint cache_dir play_rows device compile results overwrite lo
 
 
 def finetune(args: Args) -> None:
+    expand_user(args)
     for name in ("epochs", "batch_size", "play_rows", "eval_episodes", "max_episode_steps", "log_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
-    game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
+    game = parse_game(args.game, sorted(SCORES))
+    device, precision = set_up_device(args.device, args.precision, args.compile)
+    recorded = game in FAR_OOD_GAMES  # by record_replay.py; the second million of steps is checkpoint 2
+    args.runs = tuple(dict.fromkeys(args.runs)) or ((1,) if recorded else (1, 2, 3, 4, 5))
+    args.checkpoints = tuple(dict.fromkeys(args.checkpoints)) or ((2,) if recorded else (50,))
     args.data_dir = args.data_dir and args.data_dir.resolve()
     torch.manual_seed(args.seed)
     backbone, method, facts = make_backbone(args)
-    shards, source = prepare(args, [game], args.num_transitions // max(len(args.runs) * len(args.checkpoints), 1))
+    shards, source = prepare(args, [game], args.num_transitions // (len(args.runs) * len(args.checkpoints)))
     result, plain_args = find_result(args, "bc", method, game, facts | {"data": source})
     if result.exists() and not args.overwrite:
         return
@@ -575,21 +625,25 @@ def finetune(args: Args) -> None:
     frames = torch.from_numpy(np.concatenate([shard["frame"] for shard in replay])).to(device)  # [rows, 84, 84]
     is_first = torch.from_numpy(np.concatenate([shard["is_first"] for shard in replay])).to(device)  # [rows]
     actions = torch.from_numpy(np.concatenate([shard["action"] for shard in replay])).long().to(device)  # [rows]
+    actions += args.action_offset
+    num_actions, most = AtariVectorEnv(game, 1).single_action_space.n, actions[samples].max()
+    if most >= num_actions:
+        raise SystemExit(f"{game} has actions 0 to {num_actions - 1}, but action {most} was recorded: another game's?")
     policy = Policy(backbone).to(device, memory_format=torch.channels_last)
     policy.backbone.train(not args.freeze_backbone)
     model = torch.compile(policy) if args.compile else policy
     learned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    precision = autocast(device, args.precision)
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
+    make_folder(run_dir)
+    result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
     writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
-    (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
-    table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+    with whole_file(run_dir / "args.json") as temporary:
+        temporary.write_text(json.dumps(plain_args, indent=2))
     print(f"{game}: {method}, seed {args.seed}, on {len(samples):,} transitions; run: {run_dir}", flush=True)
 
     batches, clock = math.ceil(len(samples) / args.batch_size), time.perf_counter()  # batches in an epoch
-    bar = tqdm(range(args.epochs * batches), "fine-tuning", unit="step", leave=False)
+    bar = tqdm(range(args.epochs * batches), "fine-tuning", unit="step", leave=False, **BAR)
     bar.set_postfix_str("compiling, about a minute" if args.compile else "")
     for step in bar:
         if step % batches == 0:
@@ -597,7 +651,7 @@ def finetune(args: Args) -> None:
         row = epoch[step % batches]  # [b]
         window = row[:, None] + torch.arange(-HISTORY, 1, device=device)  # [b, 4]
         stacks = augment(stack_frames(frames[window], is_first[window])).squeeze(1)  # o [b, 4, 84, 84]
-        action = actions[row] + args.action_offset  # a [b]
+        action = actions[row]  # a [b]
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_multiplier(step, len(bar))
         with precision:
             logits = model(stacks)  # [b, 18]
@@ -615,7 +669,7 @@ def finetune(args: Args) -> None:
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step + 1)
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} samples/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} samples/s", refresh=False)
 
     @torch.no_grad()
     def act(stacks: np.ndarray, *_) -> np.ndarray:
@@ -624,7 +678,8 @@ def finetune(args: Args) -> None:
 
     policy.eval()
     parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
-    torch.save({part: getattr(policy, part).state_dict() for part in parts}, run_dir / "policy.pt")
+    with whole_file(run_dir / "policy.pt") as temporary:
+        torch.save({part: getattr(policy, part).state_dict() for part in parts}, temporary)
     scores, film = play_episodes(game, act, args)
     writer.add_scalar("eval/score", scores.mean(), len(bar))
     writer.close()

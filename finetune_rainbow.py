@@ -540,19 +540,24 @@ def load_checkpoint(path: Path) -> dict:
                 name = name.removeprefix("_orig_mod.").removeprefix("module.").replace(".shortcut.", ".downsample.")
                 if not name.startswith("stem."):  # the authors' files hold the first convolution twice
                     content[part][name] = value
+        if "bn1.weight" in content["backbone"] and not Norm(4).state_dict():
+            raise SystemExit(f"{path} has batch norms, this script has not: ablations/batch-norm.patch gives it some.")
         return content
     except Exception as error:
         raise SystemExit(f"{path} is no checkpoint of pretrain_*.py or the authors: {type(error).__name__}") from error
 
 
-def describe(content: dict) -> dict:
-    """What results say of a checkpoint: a digest of its backbone, and the steps and the data of its pre-training"""
+def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
+    """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
     digest, args, pretraining = 0, content.get("args"), None
-    for _, value in sorted(content["backbone"].items()):
-        digest = zlib.crc32(value.numpy().tobytes(), digest)
+    for part in parts:
+        for _, value in sorted(content[part].items()):
+            digest = zlib.crc32(value.numpy().tobytes(), digest)
     if args:  # the authors' files have none
-        data = args.get("data", "dqn_replay" if args["data_dir"] else "random_play")
-        pretraining = {"step": content["step"], "total_steps": args["total_steps"], "data": data}
+        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
+            eval_every save_every""".split()  # to what is learned
+        pretraining = {"step": content["step"]}
+        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
         if content["step"] < args["total_steps"]:
             print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
@@ -624,14 +629,19 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
     """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
+    if "/" in method or method in (".", ".."):
+        raise SystemExit(f"--method {method} is no name for a folder: choose one without a slash.")
     path = args.results / suite / method / game / f"seed{args.seed}.json"
     plain_args = json.loads(json.dumps(asdict(args) | facts | {"game": game, "method": method}, default=str))
     if path.exists() and not args.overwrite:
         old = json.loads(path.read_text())["args"]
-        changed = {name: x for name, x in old.items() if name not in MAY_CHANGE and plain_args.get(name) != x}
+        compared = old.keys() - {*MAY_CHANGE, "pretraining"}  # the backbone's digest stands for its pre-training
+        changed = {name: old[name] for name in sorted(compared) if plain_args.get(name) != old[name]}
         if changed:
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
         print(f"{path} is there already. To make it again: --overwrite")
+    else:
+        make_folder(path.parent)
     return path, plain_args
 
 
@@ -646,7 +656,6 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     result |= {name: args[name] for name in ("checkpoint", "backbone", "pretraining", "data")}
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2))
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)

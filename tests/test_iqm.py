@@ -1,12 +1,15 @@
 """eval_iqm.py against rliable, exact enumeration and the golden scores, and as its user sees it."""
 
+import copy
 import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -323,7 +326,8 @@ GOOD = HEADER + "bc,atc,pong,0,1\n"
     ("content", "named"),
     [
         ("", ["No results", "x.csv"]),
-        ("suite,method,seed,points\nbc,atc,0,1\n", ["x.csv, line 2", "game, score"]),
+        ("suite,method,seed,points\nbc,atc,0,1\n", ["x.csv, line 1", "no game, score, separated by commas"]),
+        (GOOD.replace(",", "|"), ["x.csv, line 1", "no suite, ", "separated by commas, semicolons or tabs"]),
         (GOOD + "bc,atc,breakout,0\n", ["x.csv, line 3", "score"]),
         (GOOD + "bc,,breakout,,1\n", ["x.csv, line 3", "method, seed"]),
         (GOOD + "bc,atc,tetris,0,1\n", ["x.csv, line 3", "'tetris'"]),
@@ -373,6 +377,29 @@ def test_bad_options(args, named):
     write_result("bc", "atc", "pong", 0)
     message = refuses(**args)
     assert all(part in message for part in named), message
+
+
+SHEET = "suite,method,game,seed,score\nbc,mine_é,pong,0,-1.5\nbc,mine_é,qbert,0,250\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_as_spreadsheets_write_it(encoding, separator):
+    """With blank rows at the end, of which some have separators; a decimal comma where semicolons separate."""
+    text = SHEET.replace(",", separator) + "\n" + 6 * separator + "\n\n"
+    text = text.replace("-1.5", "-1,5") if separator == ";" else text
+    Path("x.csv").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    results = iqm.load(iqm.Args(csv=Path("x.csv")))
+    found = [(result["suite"], result["method"], result["game"], result["seed"], result["x"]) for result in results]
+    scores = {"pong": -1.5, "qbert": 250}
+    assert found == [("bc", "mine_é", game, 0, iqm.normalize(game, score)) for game, score in scores.items()]
+
+
+def test_csv_in_another_encoding():
+    Path("x.csv").write_bytes(SHEET.encode("cp1252"))
+    assert refuses() == "x.csv is not in UTF-8. Export it again, with this encoding."
+    Path("x.csv").write_bytes(SHEET.replace("é", "e").encode("utf-16-le"))  # without its mark
+    assert refuses().startswith("x.csv, line 1: no suite, ")
 
 
 def test_csv_and_results_give_the_same():
@@ -455,56 +482,133 @@ def test_unequal_seeds_are_refused_between_methods():
 
 
 # === results of one origin ============================================================================================
+DATA = {"runs": [1, 2], "checkpoints": [1, 2], "rows_per_checkpoint": 10_000, "games": ["pong"], "data": "dqn_replay"}
 REAL = {
     "smoke_test": False,
     "backbone": "1f00",
     "data": "dqn_replay",
-    "pretraining": {"step": 100, "total_steps": 100, "data": "dqn_replay"},
+    "pretraining": {"step": 100, "total_steps": 100, "learning_rate": 3e-4, **DATA},
+    "args": {"epochs": 100, "eval_episodes": 100, "runs": [1], "checkpoints": [50], "num_transitions": 50_000}
+    | {"action_offset": 0, "seed": 0, "device": "cpu", "data_dir": "/data", "results": "results", "video": False},
 }
+BASELINE = {"backbone": None, "pretraining": None}
+
+
+def write_results(changes: Callable = lambda method, game, seed: {}) -> None:
+    """Two methods and random on two games with two seeds, alike but for the changes, {"args.epochs": 7} for example."""
+    for method, game, seed in itertools.product(("random", "atc", "curl"), ("pong", "qbert"), range(2)):
+        facts = copy.deepcopy(REAL) | (BASELINE if method == "random" else {})
+        for name, value in changes(method, game, seed).items():
+            name, _, inner = name.partition(".")
+            if inner and facts[name]:
+                facts[name][inner] = value
+            elif not inner:
+                facts[name] = value
+        write_result("bc", method, game, seed, **facts)
 
 
 def notes(content: dict) -> list[str]:
     return content["metadata"]["splits"]["bc"]["all"]["notes"]
 
 
+# What may differ is between groups of results, what must not is within a group.
+BETWEEN_METHODS = lambda method, game, seed: method == "atc"  # noqa: E731
+BETWEEN_SEEDS = lambda method, game, seed: (method, seed) == ("atc", 1)  # noqa: E731
+BETWEEN_GAMES = lambda method, game, seed: game == "qbert"  # noqa: E731
+WITHIN_A_GAME = lambda method, game, seed: (method, game) == ("atc", "qbert")  # noqa: E731
+WITHIN_A_SEED = lambda method, game, seed: (method, game, seed) == ("atc", "qbert", 1)  # noqa: E731
+FOR_ALL = lambda method, game, seed: True  # noqa: E731
+
+
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "value", "may", "must_not", "where"),
     [
-        ("backbone", "2e11"),
-        ("backbone", None),
-        ("data", "jat"),
-        ("pretraining", {"step": 50, "total_steps": 100, "data": "dqn_replay"}),
-        ("pretraining", {"step": 100, "total_steps": 100, "data": "random_play"}),
+        ("args.epochs", 7, BETWEEN_METHODS, BETWEEN_SEEDS, "atc"),
+        ("args.eval_episodes", 10, BETWEEN_METHODS, WITHIN_A_GAME, "atc"),
+        ("pretraining.step", 50, BETWEEN_METHODS, BETWEEN_SEEDS, "atc"),
+        ("pretraining.learning_rate", 1e-5, BETWEEN_METHODS, WITHIN_A_GAME, "atc"),
+        ("pretraining.data", "jat", FOR_ALL, BETWEEN_METHODS, ""),
+        ("pretraining.games", ["pong", "alien"], FOR_ALL, BETWEEN_METHODS, ""),
+        ("pretraining.rows_per_checkpoint", 5, FOR_ALL, BETWEEN_METHODS, ""),
+        ("backbone", "2e11", BETWEEN_SEEDS, WITHIN_A_SEED, "atc seed 1"),
+        ("backbone", None, BETWEEN_METHODS, WITHIN_A_SEED, "atc seed 1"),
+        ("data", "rainbow", BETWEEN_GAMES, WITHIN_A_GAME, "qbert"),
+        ("args.checkpoints", [2], BETWEEN_GAMES, WITHIN_A_GAME, "qbert"),
+        ("args.num_transitions", 500, BETWEEN_GAMES, WITHIN_A_GAME, "qbert"),
+        ("args.action_offset", 1, BETWEEN_GAMES, WITHIN_A_GAME, "qbert"),
     ],
 )
-def test_a_method_is_of_one_origin(name, other):
-    one = [write_result("bc", "atc", "pong", seed, **REAL) for seed in range(2)]
-    write_result("bc", "curl", "pong", 0, **REAL | {name: other})  # another method's differs
-    write_result("bc", "curl", "pong", 1, **REAL | {name: other})
-    write_result("rainbow", "atc", "pong", 0, **REAL | {name: other})  # as may another suite's
-    assert not any(note.startswith("Mixed") for note in notes(report()))
-    Path("reports", "iqm.md").unlink()
-    for method, seed in itertools.product(("atc", "curl"), range(2)):
-        two = write_result("bc", method, "qbert", seed, **REAL | {name: other})
-    with pytest.raises(SystemExit) as stopped:
-        report()
-    message = stopped.value.code
-    assert len(message.splitlines()) == 1
-    assert f"bc, atc: {name} is " in message and json.dumps(REAL[name]) in message and json.dumps(other) in message
-    assert f"{one[1]}" in message and f"{two}".replace("curl", "atc") in message and "--allow-mixed" in message
-    assert not Path("reports", "iqm.md").exists()
+def test_what_must_be_alike_and_what_need_not(name, value, may, must_not, where):
+    write_results(lambda *result: {name: value} if may(*result) else {})
+    assert iqm.mixed(iqm.load(iqm.Args())) == []
+    write_results(lambda *result: {name: value} if must_not(*result) else {})
+    what, advice = refuses().splitlines()
+    assert what.startswith(f"bc{where and ', '}{where}: {name} is ")
+    outer, _, inner = name.partition(".")
+    before = REAL[outer][inner] if inner else REAL[outer]
+    values = dict(re.findall(r"(?:is|but) (.+?) in results/bc/(.+?)\.json", what))
+    assert set(values) == {json.dumps(before), json.dumps(value)}
+    for told, place in values.items():
+        method, game, seed = place.split("/")
+        assert (told == json.dumps(value)) == must_not(method, game, int(seed.removeprefix("seed")))
+    assert advice.endswith("choose other --methods, or use --allow-mixed.")
+    older = [path for path in Path("results").glob("*/*/*/*.json") if must_not(*path.parts[2:4], int(path.stem[4:]))]
+    for path in older:
+        record = json.loads(path.read_text())
+        (record[outer] or {}).pop(inner, None) if inner else record.pop(outer)
+        path.write_text(json.dumps(record))
+    assert iqm.mixed(iqm.load(iqm.Args())) == []  # what only one of two has is not compared
+
+
+def test_a_method_is_with_or_without_pretraining():
+    write_results(lambda *result: BASELINE if BETWEEN_SEEDS(*result) else {})
+    assert "bc, atc: pretraining.step is 100 in " in refuses() and "but null in " in refuses()
+
+
+def test_what_cannot_change_a_score_need_not_be_alike():
+    free = {"seed": 3, "device": "cuda", "data_dir": "/other", "cache_dir": "x", "results": "here", "video": True}
+    free |= {"checkpoint": "y.pt", "overwrite": True, "log_every": 7, "compile": True, "save_every": 3, "play_rows": 5}
+    write_results(lambda *result: {f"args.{name}": x for name, x in free.items() if WITHIN_A_SEED(*result)})
+    assert iqm.mixed(iqm.load(iqm.Args())) == []
+
+
+def test_suites_are_compared_by_themselves():
+    write_results()
+    for method, game, seed in itertools.product(("random", "atc"), ("pong", "qbert"), range(2)):
+        write_result("rainbow", method, game, seed, **REAL | {"data": "online", "args": {"total_steps": 50_000}})
+    report()
+
+
+def test_what_is_mixed_stands_under_the_table():
+    """Every rule that is broken, where it is broken in full, and only in the tables in which it is."""
+
+    def changes(method, game, seed):
+        epochs = {"args.epochs": 7} if seed == 1 and method != "random" else {}
+        data = {"data": "jat"} if (method, game) == ("curl", "qbert") else {}
+        backbone = {"backbone": "2e11"} if (method, game) == ("atc", "qbert") else {}
+        return epochs | data | backbone
+
+    write_results(changes)
     content = report(allow_mixed=True)
-    (mixed,) = [note for note in notes(content) if note.startswith("Mixed")]
-    assert f"bc, atc: {name} is " in mixed
-    assert not any("Mixed" in note for note in content["metadata"]["splits"]["bc"]["near-OOD"]["notes"])  # pong alone
-    assert mixed in Path("reports", "iqm.md").read_text()
+    expected = [
+        "Mixed: bc, atc seed 0, atc seed 1: backbone is ",
+        "Mixed: bc, qbert: data is ",
+        "Mixed: bc, curl, atc: args.epochs is 100 in results/bc/curl/pong/seed0.json, but 7 in results/bc/",
+    ]
+    found = [note for note in notes(content) if note.startswith("Mixed")]
+    assert len(found) == len(expected)
+    for beginning in expected:
+        assert any(note.startswith(beginning) for note in found), beginning
+    assert all(note in Path("reports", "iqm.md").read_text() for note in found)
+    near = content["metadata"]["splits"]["bc"]["near-OOD"]["notes"]  # pong alone
+    assert [note[:24] for note in near if "Mixed" in note] == ["Mixed: bc, curl, atc: ar"]
 
 
 def test_smoke_tests_are_not_mixed_with_others():
     write_result("bc", "atc", "pong", 0, **REAL)
     write_result("bc", "random", "pong", 0, **REAL | {"smoke_test": True, "backbone": None, "pretraining": None})
     message = refuses()
-    assert len(message.splitlines()) == 1
+    assert len(message.splitlines()) == 2
     assert "bc: smoke_test is false in results/bc/atc/pong/seed0.json, but true in results/bc/random/" in message or (
         "bc: smoke_test is true in results/bc/random/pong/seed0.json, but false in results/bc/atc/" in message
     )
@@ -612,6 +716,12 @@ def test_command_and_files():
     assert [cell.strip() for cell in header.split("|")[1:-1]] == columns
     assert curl.startswith("| curl ") and "| image " in curl and " 0.250 [0." in curl
     assert other.startswith("| mine ") and "| other " in other
+    scores = markdown[markdown.index("## bc: mean raw scores (number of seeds)") :].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores[2:]]
+    assert cells[0] == ["game", "curl", "mine"] and len({len(line) for line in scores[2:]}) == 1
+    means = {game: f"{np.mean([raw(game, i / 4) for i in range(3)]):.2f} (3)" for game in GAMES}
+    assert cells[2:] == [[game, means[game], means[game]] for game in GAMES]
+    assert "mean raw scores" not in done.stdout
     for name in names[2:]:
         with Image.open(Path("elsewhere", name)) as image:
             assert min(image.size) > 200
@@ -632,8 +742,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
         report(seed=1)
-    after = {path.name: path.read_bytes() for path in Path("reports").glob("[!.]*")}
+    after = {name: Path("reports", name).read_bytes() for name in before}
     assert after == before
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_bootstrap(monkeypatch):
+    write_csv(COMPARED)
+    monkeypatch.setattr(iqm, "bootstrap", lambda *_: pytest.fail("too late"))
+    Path("reports").touch()
+    with pytest.raises(SystemExit, match=r"^reports cannot be written \(File exists\)\. Choose another folder\.$"):
+        iqm.report(iqm.Args(csv=Path("x.csv")))
+
+
+def test_the_users_folder(monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    write_csv(COMPARED[:12])
+    iqm.report(iqm.Args(csv=Path("~/x.csv"), output_dir=Path("~/made"), resamples=2))
+    assert Path("made", "iqm.md").exists() and not Path("~").exists()
 
 
 @pytest.mark.parametrize("count", [1, 16])
@@ -684,6 +809,19 @@ def test_figure_of_profiles(count):
     assert {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()} == set(looks)
     box = legend.get_window_extent()
     assert box.x0 >= max(panel.get_window_extent().x1 for panel in panels) and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "a$b", "_mine", r"\\alpha_$"])
+def test_names_are_drawn_as_they_are(name):
+    """No mathematics is made of $ and _: what is drawn is what a text of these very characters is."""
+    row = {"iqm": dict(value=0.3, low=0.2, high=0.4), "profile": dict.fromkeys(iqm.ENDS, np.ones(101))}
+    tables, facts = {name: {"ID": {name: row}, "all": {name: row}}}, {"coverage": name, "marked": [], "smoke_test": 0}
+    for kind in ("iqm", "profile"):
+        figure = iqm.draw(tables, {name: {"ID": facts, "all": facts}}, kind, name)
+        figure.savefig("figure.png")
+        drawn = [text for text in figure.findobj(iqm.matplotlib.text.Text) if name in text.get_text()]
+        assert len(drawn) >= (6 if kind == "iqm" else 5)  # caption, suite, two titles; methods beside bars or lines
+        assert not any(text.get_parse_math() for text in drawn)
 
 
 def test_a_paper_s_method_always_has_its_colour():
