@@ -215,7 +215,7 @@ class Trajectory(nn.Module):
 
     def __init__(self, channels: int, games: int, steps: int):
         super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
         self.spatial_norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.action_embed = nn.Parameter(torch.randn(18, 512))  # E, for all games
@@ -232,7 +232,8 @@ class Trajectory(nn.Module):
 
     def forward(self, features: torch.Tensor, action: torch.Tensor, return_to_go: torch.Tensor) -> torch.Tensor:
         """Features [b, t, 512], action and scaled return_to_go [b, t] of t <= `steps` steps -> x at s_j [b, t, 512]"""
-        returns, actions = self.rtg_embed(return_to_go[..., None]), F.embedding(action, self.action_embed)  # r, e
+        returns = self.rtg_embed(return_to_go[..., None])  # r [b, t, 512]
+        actions = F.embedding(action, self.action_embed)  # e [b, t, 512]
         tokens = torch.stack([returns, features, actions], 2).flatten(1, 2)  # [b, 3t, 512]
         return self.out_norm(self.blocks(tokens + self.position[: tokens.shape[1]]))[:, 1::3]
 

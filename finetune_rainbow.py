@@ -321,7 +321,7 @@ class Neck(nn.Module):
 
     def __init__(self, channels: int, games: int):
         super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
 
@@ -335,7 +335,7 @@ class GameLinear(nn.Module):
 
     def __init__(self, games: int, features: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(games, features, outputs))
+        self.weight = nn.Parameter(torch.randn(games, features, outputs))  # N(0, 1), as in the original code
         self.bias = nn.Parameter(torch.randn(games, outputs))
 
     def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
@@ -361,7 +361,10 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
+
+    Torchvision's names: bn is a norm, whichever it is.
+    """
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -402,7 +405,7 @@ class ResNet(nn.Module):
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
+HISTORY = 3  # a stack is a row's frame and those of the 3 rows before it: 4 frames
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
@@ -410,14 +413,16 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
-    episode = is_first.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], episodes that began within the stack, up to this frame
+    size = HISTORY + 1
+    episode = is_first.unfold(1, size, 1).cumsum(-1)  # [b, n, 4], episodes begun within the stack, up to this frame
     same = episode == episode[..., -1:]  # frames of the same episode as the stack's last frame
-    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
+    return frames.unfold(1, size, 1).movedim(-1, 2) * same[..., None, None]
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
     """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
-    b, device = len(stacks), stacks.device
+    b = len(stacks)
+    device = stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
     rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each

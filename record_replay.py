@@ -367,7 +367,7 @@ class Environment:
 
 
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
+HISTORY = 3  # a stack is a row's frame and those of the 3 rows before it: 4 frames
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
@@ -375,14 +375,16 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
-    episode = is_first.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], episodes that began within the stack, up to this frame
+    size = HISTORY + 1
+    episode = is_first.unfold(1, size, 1).cumsum(-1)  # [b, n, 4], episodes begun within the stack, up to this frame
     same = episode == episode[..., -1:]  # frames of the same episode as the stack's last frame
-    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
+    return frames.unfold(1, size, 1).movedim(-1, 2) * same[..., None, None]
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
     """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
-    b, device = len(stacks), stacks.device
+    b = len(stacks)
+    device = stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
     rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each

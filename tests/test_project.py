@@ -89,8 +89,8 @@ def test_make_in_a_folder_with_a_space_and_after_an_old_python(tmp_path):
     python.chmod(0o755)
 
     def make(target: str, version: str) -> subprocess.CompletedProcess:
-        command = ["make", f"PYTHON={python}", target]
-        return subprocess.run(command, cwd=folder, env=os.environ | {"VERSION": version}, capture_output=True, text=True)
+        options = dict(cwd=folder, env=os.environ | {"VERSION": version}, capture_output=True, text=True)
+        return subprocess.run(["make", f"PYTHON={python}", target], **options)
 
     done = make("quickstart", "3, 10")
     assert done.returncode != 0 and "Python 3.11 or later is needed" in done.stderr
