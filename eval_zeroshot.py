@@ -242,9 +242,11 @@ class Trajectory(nn.Module):
 class Policy(nn.Module):
     """The networks of a checkpoint, which play episodes of one game side by side"""
 
-    def __init__(self, content: dict):
+    def __init__(self, content: dict, precision: torch.autocast):
         super().__init__()
-        self.args, self.is_dt = content["args"], "action_embed" in content["neck"]
+        self.args = content["args"]
+        self.precision = precision  # of f
+        self.is_dt = "action_embed" in content["neck"]
         self.backbone = ResNet(self.args["width_multiplier"], self.args["blocks"])  # f
         size = self.backbone.channels, len(DQN_REPLAY_GAMES)
         self.neck = Trajectory(*size, self.args["context_steps"]) if self.is_dt else Neck(*size)  # g
@@ -257,7 +259,9 @@ class Policy(nn.Module):
         """Action values [n, 18] by the stacks, indices, last actions and last rewards that `play_episodes` gives"""
         stacks, which, actions, rewards = (torch.from_numpy(values).to(self.head.weight.device) for values in step)
         game_id = torch.full((len(stacks),), self.game_id, device=stacks.device)
-        maps = self.backbone(stacks / 255)  # [n, 2048, 6, 6]
+        with self.precision:
+            maps = self.backbone(stacks / 255)  # [n, 2048, 6, 6]
+        maps = maps.float()  # the rest is in fp32: the values of actions often differ by less than bfloat16 resolves
         features = self.neck.features(maps, game_id) if self.is_dt else self.neck(maps, game_id)  # [n, 512]
         if self.is_dt:
             if self.history:  # the last step's action and reward are known now
@@ -266,12 +270,12 @@ class Policy(nn.Module):
             else:
                 self.return_to_go = self.neck.largest_return[self.game_id].repeat(len(which))  # R [episodes]
             s = torch.zeros(len(self.return_to_go), 512, device=stacks.device)  # 0 for episodes that have ended
-            s[which] = features.float()
+            s[which] = features
             step = s, which.new_zeros(len(s)), self.return_to_go.clone()
             self.history = [*self.history, step][-self.args["context_steps"] :]
             s, a, R = (torch.stack(steps, 1)[which] for steps in zip(*self.history, strict=True))  # [n, t, ...]
             features = self.neck(s, a, self.args["return_scale"] * R)[:, -1]  # x at s_t [n, 512]
-        values = self.head(features, game_id).float().unflatten(1, (18, -1))  # [n, 18, atoms]
+        values = self.head(features, game_id).unflatten(1, (18, -1))  # [n, 18, atoms]
         if self.atoms > 1:
             z = torch.linspace(-self.args["max_return"], self.args["max_return"], self.atoms, device=stacks.device)
             values = (values.softmax(2) * z).sum(2, keepdim=True)  # Q = sum_j z_j p_j
@@ -493,7 +497,7 @@ def evaluate(args: Args) -> None:
     try:
         facts = describe(content, ("backbone", "neck", "head")) | {"data": None}  # as nothing is fine-tuned
         content = content if "args" in content else from_authors(content, args.checkpoint)
-        policy = Policy(content).to(device).eval()
+        policy = Policy(content, precision).to(device).eval()
     except (KeyError, RuntimeError) as error:
         raise SystemExit(f"{args.checkpoint} holds no policy. BC, DT and CQL learn one.") from error
     for game in dict.fromkeys(parse_game(name, content["games"]) for name in args.games) or content["games"]:
@@ -504,7 +508,7 @@ def evaluate(args: Args) -> None:
         if result.exists() and not args.overwrite:
             continue
         result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
-        with precision, torch.no_grad():
+        with torch.no_grad():
             scores, film = play_episodes(game, policy, args)
         save_result(result, game, scores, plain_args)
         if args.video:
