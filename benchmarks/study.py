@@ -97,8 +97,8 @@ class Args:
     probe_rows: int | None = None  # rows of a checkpoint for the probes, the ones after these
     stacks: int | None = None  # stacks of frames that a pre-training sees: steps x samples x stacks in a sample
     batch_size: int | None = None  # samples in a step of pre-training: a quarter for spr and spr_idm, an eighth for dt
-    # The paper's rates, 3e-6 (CURL) to 3e-4, are for two million steps. After these 6,000 BC would still name the
-    # commonest action: on a CPU it learned at 1e-3 only after 5,000 steps. One rate for all favours nobody.
+    # The paper's rates, 3e-6 (CURL) to 3e-4, are for two million steps; these are 6,000 at most. On a CPU, BC at 1e-3
+    # took 5,000 steps of 64 samples to learn what is not obvious. One rate for all methods favours none of them.
     learning_rate: float = 1e-3  # of pre-training, the same for all methods
     transitions: int | None = None  # rows of a game's last checkpoint to clone
     epochs: int | None = None  # of cloning
