@@ -257,7 +257,7 @@ Written by `benchmarks/study.py --scale {scale}` on {machine}.
 
 {played}
 
-![A frame of each game]({name}-players.png)
+![A frame of each game](study-players.png)
 
 ## What the scores say of the paper's claims
 
@@ -287,7 +287,7 @@ What limits this:
 
 ## IQM of DQN-normalised scores
 
-![IQM]({name}-iqm.png)
+![IQM](study-iqm.png)
 
 ### {iqm}
 
@@ -300,7 +300,7 @@ episodes. Where nearly all of the cloned actions are one, all methods clone alik
 
 ## Pre-training
 
-![Loss on held-out samples]({name}-loss.png)
+![Loss on held-out samples](study-loss.png)
 
 ## Probes
 
@@ -486,13 +486,12 @@ def report(args: Args) -> None:
         if name not in ("stage", "folder", "minutes", "data_dir"):
             settings.append([name, " ".join(value) if name in ("games", "methods", "twice") else value])
     times = [json.loads(line) for line in (args.folder / "times.jsonl").read_text().splitlines()]
-    for stage in STAGES:
+    for stage in ("data", "pretrain", "finetune", "probe"):
         seconds = sum(line["seconds"] for line in times if line["stage"] == stage)
         settings.append([f"minutes by the clock, {stage}", f"{seconds / 60:.1f}"])
 
     sources = {result["data"] for result in results.values()}
     parts = {
-        "name": "study",
         "machine": processor(),
         "played": f"The data is {' and '.join(sorted(sources))}. {SCRIPTED if 'scripted_play' in sources else ''}",
         "claims": table(["claim", "differences of IQMs", "these scores"], *claims),
@@ -504,12 +503,12 @@ def report(args: Args) -> None:
         "settings": table(*settings),
     }
     parts["twice"] = ", ".join(method for method in args.methods if pretrainings(args, method) == 2) or "none"
-    page = args.folder / "study.md"
     shutil.copy(args.folder / "reports/iqm.png", args.folder / "study-iqm.png")
     draw_losses(args).savefig(args.folder / "study-loss.png", dpi=150)
     draw_players(args).savefig(args.folder / "study-players.png", dpi=150)
-    page.write_text(PAGE.format(**asdict(args) | parts | {"games": len(args.games), "depth": sum(args.blocks)}))
-    print(f"Written: {page}")
+    parts |= {"games": len(args.games), "depth": sum(args.blocks)}
+    (args.folder / "study.md").write_text(PAGE.format(**asdict(args) | parts))
+    print(f"Written: {args.folder / 'study.md'}")
 
 
 # === main =============================================================================================================
