@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
-RUN := $(abspath $(VENV))/bin/python
+RUN := "$(CURDIR)/$(VENV)/bin/python"
 SCRIPT ?= pretrain_atc.py
 OBJECTIVE ?= atc
 
@@ -18,9 +18,10 @@ help:
 
 .PHONY: help quickstart table test test-slow bench lint sync clean
 
-# The environment is made again when the requirements change, else left as it is.
+# The environment is made anew when the requirements change, else left as it is.
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

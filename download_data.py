@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
-#   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
+# dependencies = ["ale-py==0.12.1", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "pillow==13.0.0"]
 # ///
 """Downloads Atari data and writes it in the layout of the DQN Replay Dataset, which the training scripts read.
 
@@ -20,14 +19,16 @@ all, and what is there is skipped: after an interruption, the same command goes 
 
 import gzip
 import io
-import json
 import os
 import sys
+import tempfile
 import time
 import traceback
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
@@ -53,12 +54,37 @@ class Args:
     purpose: Annotated[Literal["pretraining", "finetuning"], tyro.conf.arg(name="for")] = "pretraining"
     """sets the defaults of --runs and --checkpoints"""
     runs: tuple[int, ...] = ()  # default: 1 2 for pre-training, 1 2 3 4 5 for fine-tuning
-    checkpoints: tuple[int, ...] = ()  # default: 1 to 10 for pre-training, 50 for fine-tuning
+    checkpoints: tuple[int, ...] = ()  # default: 1 to 10 for pre-training, 50 for fine-tuning (the source's last)
     rows_per_checkpoint: int = 10_000  # rows to write, padding included; one more follows, which readers leave out
     url: str = ""  # a mirror of the source, or a local folder with its files
     workers: int = 4  # downloads at once
     timeout: float = 60  # seconds without data after which a connection counts as broken
     retries: int = 5  # how often a broken download is started again, after 1, 2, 4, ... seconds
+
+
+# === files [shared] ===================================================================================================
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, unlike any other process's; the file is then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
+
+
+def expand_user(args) -> None:
+    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
 
 
 # === games [shared] ===================================================================================================
@@ -144,25 +170,41 @@ def replay_file(data_dir: Path, game: str, run: int, checkpoint: int, field: str
     return game_folder(data_dir, game) / f"{run}/replay_logs/$store$_{field}_ckpt.{checkpoint}.gz"
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written ({error}). Make room, then give the same command again.") from error
+def claim_folder(args: Args, game: str) -> None:
+    """Writes down where the game's data will come from. A folder has data from one source."""
+    folder = game_folder(args.data_dir, game)
+    note = folder / "source.txt"
+    has_data = any(folder.rglob("*.gz"))  # looked for first: another download may bring both, the note before the data
+    source = note.read_text().strip() if note.exists() else "a source that no source.txt names"
+    if has_data and source != args.source:
+        advice = f"Choose another --data-dir or, if it is from {args.source} all the same, write that word into {note}"
+        raise SystemExit(f"{folder} has data from {source}, not from {args.source}. {advice}.")
+    if source != args.source:
+        make_folder(folder)
+        with whole_file(note) as temporary:
+            temporary.write_text(f"{args.source}\n")
 
 
-def write_checkpoint(data_dir: Path, game: str, run: int, checkpoint: int, rows: np.ndarray) -> None:
+def write_checkpoint(args: Args, game: str, run: int, checkpoint: int, rows: np.ndarray) -> None:
     """Writes the four files, the observations last: if they are there, the checkpoint is complete."""
+    contents = {}
     for field in ("action", "reward", "terminal", "observation"):
         array = io.BytesIO()
         np.save(array, np.ascontiguousarray(rows[field]))
-        content = gzip.compress(array.getbuffer(), compresslevel=4, mtime=0)  # without the time: always the same bytes
-        write_file(replay_file(data_dir, game, run, checkpoint, field), content)
+        path = replay_file(args.data_dir, game, run, checkpoint, field)
+        contents[path] = gzip.compress(array.getbuffer(), compresslevel=4, mtime=0)  # no time: always the same bytes
+    claim = game_folder(args.data_dir, game) / "source.txt"
+    if claim.read_text().strip() != args.source:
+        raise SystemExit(f"Another download fills {claim.parent} from another source. Choose another --data-dir.")
+    if path.exists():
+        return  # another download was faster
+    try:
+        for path, content in contents.items():
+            with whole_file(path) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written ({error}). Make room, then give the same command again.") from error
 
 
 def read_checkpoint(data_dir: Path, game: str, run: int, checkpoint: int) -> tuple[int, list[np.ndarray]]:
@@ -200,7 +242,7 @@ def check_episode(images: list, actions: list, *others: list, num_actions: int) 
 
 # === RL Unplugged =====================================================================================================
 # A file is a gzip of TFRecords, each a protobuf message tf.train.Example with one episode. File k is checkpoint k; both
-# start at 0. There is no file 50: readers of the layout take checkpoint 49 or 48 if there is no 50.
+# start at 0. There is no file 50: the last one, 49 or 48, stands in for it and is written as checkpoint 50.
 RL_UNPLUGGED = "https://storage.googleapis.com/rl_unplugged/atari_episodes_ordered"
 RL_UNPLUGGED_FILES = {"carnival": 49, "gravitar": 49, "star_gunner": 49}  # per run; 50 for the other games
 MAX_RECORD = 2**28  # bytes; the longest episode, of 27,000 steps, is smaller
@@ -242,15 +284,23 @@ def read_integer(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def read_fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each field of a protobuf message whose fields are all strings, lists or messages"""
+    """Number and content of each field of a protobuf message"""
     at = 0
     while at < len(message):
         key, at = read_integer(message, at)
-        length, at = read_integer(message, at)
-        if key & 7 != 2 or at + length > len(message):
+        if key & 7 == 2:  # a string, a list or a message, after its length
+            length, at = read_integer(message, at)
+            end = at + length
+        elif key & 7 == 0:  # an integer
+            _, end = read_integer(message, at)
+        elif key & 7 == 5:  # a float
+            end = at + 4
+        else:
             raise ValueError("a record that is no tf.train.Example")
-        yield key >> 3, message[at : at + length]
-        at += length
+        if end > len(message):
+            raise ValueError("a field that is longer than its record")
+        yield key >> 3, message[at:end]
+        at = end
 
 
 def read_example(record: memoryview) -> dict[str, list | np.ndarray]:
@@ -260,7 +310,7 @@ def read_example(record: memoryview) -> dict[str, list | np.ndarray]:
         for _, feature in read_fields(features):
             feature = dict(read_fields(feature))  # 1: name, 2: values
             for kind, values in read_fields(feature[2]):
-                items = [item for _, item in read_fields(values)]  # numbers are packed together
+                items = [item for _, item in read_fields(values)]  # numbers are packed together, or a field each
                 if kind == 2:
                     items = np.frombuffer(b"".join(items), "<f4")
                 if kind == 3:
@@ -287,7 +337,8 @@ def convert_rl_unplugged(args: Args, game: str, run: int, checkpoint: int, bar: 
     """Downloads and writes one checkpoint. A download that breaks off starts again."""
     base = args.url or RL_UNPLUGGED
     base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
-    name = f"run_{run}-{checkpoint:05}-of-{RL_UNPLUGGED_FILES.get(game, 50):05}"
+    num_files = RL_UNPLUGGED_FILES.get(game, 50)
+    name = f"run_{run}-{min(checkpoint, num_files - 1):05}-of-{num_files:05}"
     url = f"{base}/{game_folder(Path(), game)}/{name}"
     num_actions = count_actions(game)
     tries = 1 if url.startswith("file:") else 1 + args.retries
@@ -305,7 +356,7 @@ def convert_rl_unplugged(args: Args, game: str, run: int, checkpoint: int, bar: 
             raise SystemExit(f"{url} is damaged or of another format: {error!r}. {advice}.") from error
     if data.count < len(data.rows):
         raise SystemExit(f"{url} has only {data.count:,} rows, padding included. Lower --rows-per-checkpoint.")
-    write_checkpoint(args.data_dir, game, run, checkpoint, data.rows)
+    write_checkpoint(args, game, run, checkpoint, data.rows)
     bar.update()
 
 
@@ -381,13 +432,12 @@ def convert_jat(args: Args, game: str, jobs: list[tuple[int, int]], bar: tqdm) -
                     start = t == 0
                     if not start:
                         shifts.append(np.array_equal(stack[:3], before[1:]))
-                        changed = not np.array_equal(stack[2], before[3])
-                        start = changed and (stack == stack[0]).all()  # the first stack after a time-out
+                        start = not shifts[-1] and (stack == stack[0]).all()  # the first stack after a time-out
                     has_room = data.add(stack[3], actions[t], rewards[t], t == len(images) - 1, start)
                     if not has_room:
                         if np.mean(shifts) < 0.9:
                             raise ValueError(f"only {np.mean(shifts):.0%} of the stacks continue the one before")
-                        write_checkpoint(args.data_dir, game, *wanted.pop(place), data.rows)
+                        write_checkpoint(args, game, *wanted.pop(place), data.rows)
                         bar.update()
                         if not wanted:
                             return
@@ -422,6 +472,8 @@ def show_table(data_dir: Path, jobs: list[tuple[str, int, int]]) -> None:
 
 
 def main(args: Args) -> None:
+    expand_user(args)
+    args.url = os.path.expanduser(args.url)
     games = choose_games(args.source, args.games)
     runs, checkpoints = set(args.runs), set(args.checkpoints)
     if args.purpose == "finetuning":
@@ -436,28 +488,24 @@ def main(args: Args) -> None:
             uv = "with uv: uv run --with pyarrow --with huggingface_hub download_data.py ..."
             raise SystemExit(f"--source jat needs two more packages: pip install pyarrow huggingface_hub ({uv}).")
 
-    jobs, missing = [], []
+    jobs = [(game, run, checkpoint) for game in games for run in sorted(runs) for checkpoint in sorted(checkpoints)]
+    missing = []
     for game in games:
-        last = RL_UNPLUGGED_FILES.get(game, 50) - 1 if args.source == "rl_unplugged" else 50
-        numbers = {min(checkpoint, last) for checkpoint in checkpoints}
-        jobs += [(game, run, checkpoint) for run in sorted(runs) for checkpoint in sorted(numbers)]
-    source_file = args.data_dir / "source.json"
-    sources = json.loads(source_file.read_text()) if source_file.exists() else {}
-    for game in games:
-        folder = game_folder(args.data_dir, game)
-        if sources.get(game) != args.source and any(folder.rglob("*.gz")):
-            other = f"has data from {sources.get(game, 'elsewhere')}, not from {args.source}"
-            raise SystemExit(f"{folder} {other}. Choose another --data-dir, or delete that folder.")
+        last = RL_UNPLUGGED_FILES.get(game, 50) - 1
+        if args.source == "rl_unplugged" and sum(checkpoint >= last for checkpoint in checkpoints) > 1:
+            advice = f"Give one of --checkpoints {last} to 50"
+            raise SystemExit(f"The last file of {game}, {last}, stands in for the checkpoints after it. {advice}.")
+        claim_folder(args, game)
     for job in jobs:
         file = replay_file(args.data_dir, *job, "observation")
         if not file.exists():
+            make_folder(file.parent)
             missing.append(job)
         elif (rows := read_checkpoint(args.data_dir, *job)[0]) != args.rows_per_checkpoint + 1:
             raise SystemExit(f"{file} is there for --rows-per-checkpoint {rows - 1}. Choose that, or delete the file.")
-    sources |= dict.fromkeys(games, args.source)
-    write_file(source_file, (json.dumps(sources, indent=1) + "\n").encode())  # before the data, which it tells of
 
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="checkpoint", miniters=0)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # between two lines of the bar: in a file they stay
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="checkpoint", miniters=0, mininterval=seconds)
     bar.megabytes = 0.0
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     with ThreadPoolExecutor(args.workers) as pool:

@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.14.1", "torchvision==0.29.1", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
-#   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0"]
+# dependencies = ["torch==2.14.1", "ale-py==0.12.1", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "pillow==13.0.0"]
 # ///
 """Zero-shot play: a pre-trained policy plays 100 episodes of each game of its pre-training, without fine-tuning.
 

@@ -29,10 +29,13 @@ module.ale_py.ALEInterface.setLoggerMode(module.ale_py.LoggerMode.Error)
 
 
 def measure(source: str, folder: Path, pngs: list[bytes]) -> None:
-    args = module.Args(folder / "out", source, url=str(folder), rows_per_checkpoint=len(pngs) - 1)
+    args = module.Args(folder, source, url=str(folder), rows_per_checkpoint=len(pngs) - 1)
     bar, ours, plain = tqdm(disable=True), [], []
     bar.megabytes = 0
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
+        args.data_dir = folder / f"{source}_{i}"
+        (args.data_dir / "Breakout/1/replay_logs").mkdir(parents=True)
+        module.claim_folder(args, "breakout")
         clock = time.perf_counter()
         if source == "jat":
             module.convert_jat(args, "breakout", [(1, 1)], bar)

@@ -60,7 +60,7 @@ class Trainer:
         shards, _ = self.module.prepare(args, GAMES, args.rows_per_checkpoint)
         torch.manual_seed(0)
         self.objective = self.module.Objective(args).to(DEVICE)
-        self.precision = self.module.autocast(DEVICE, "auto")
+        _, self.precision = self.module.set_up_device(DEVICE.type, "auto", compiles=False)
         if way != "plain":
             self.objective.to(memory_format=torch.channels_last)
         else:
@@ -84,8 +84,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if hasattr(self.objective, "update_target"):
-            self.objective.update_target(self.steps)
+        self.objective.update_target(self.steps)
         self.steps += 1
 
     def seconds(self, steps: int = 1) -> float:

@@ -50,14 +50,13 @@ def two_steps(script: str, cache: str) -> dict:
     model = torch.compile(objective, fullgraph=True)
     for step in range(2):
         torch.manual_seed(1 + step)
-        with module.autocast(DEVICE, "bf16"):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss, metrics = model(module.unpack(*data.batch(step), DEVICE))
         loss.backward()
         found["gradient norms"].append(torch.nn.utils.clip_grad_norm_(learned, args.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
-        if hasattr(objective, "update_target"):
-            objective.update_target(step)
+        objective.update_target(step)
         found["losses"].append(loss.item())
         found |= {name: value.item() for name, value in metrics.items()}
     found["finite"] = all(bool(x.isfinite().all()) for x in learned)

@@ -39,7 +39,7 @@ ROWS = {"rlu": 1098, "breakout": 1381 + 7 * 3, "montezuma_revenge": 1130 + 3 * 3
 
 # ---- what the tests share --------------------------------------------------------------------------------------------
 class Server:
-    """Serves `files` (path: content). `faults` (path: (fault, requests)) makes it break off, stall or answer a code."""
+    """Serves `files` (path: content). `faults` (path: (fault, requests)): break off, stall, be slow, answer a code."""
 
     def __init__(self):
         self.files, self.faults, self.requests, self.sent = {}, {}, [], 0
@@ -74,9 +74,10 @@ class Server:
                 if self.command == "HEAD":
                     return None
                 for i in range(0, len(content), 2**14):
-                    if fault and i >= len(content) // 2:
+                    if fault in ("break", "stall") and i >= len(content) // 2:
                         server.go_on.wait(20 if fault == "stall" else 0)
                         return None
+                    time.sleep(0.1 if fault == "slow" else 0)
                     try:
                         self.wfile.write(content[i : i + 2**14])
                     except OSError:  # the client has gone
@@ -151,6 +152,8 @@ def convert(
     args = module().Args(folder, source, **({"rows_per_checkpoint": 500, "retries": 0, "timeout": 5} | args))
     bar = tqdm(disable=True)
     bar.megabytes = 0
+    module().claim_folder(args, game)
+    (folder / f"{module().game_folder(Path(), game)}/{run}/replay_logs").mkdir(parents=True, exist_ok=True)
     if source == "jat":
         module().convert_jat(args, game, [(run, checkpoint)], bar)
     else:
@@ -201,7 +204,17 @@ def field(number: int, content: bytes) -> bytes:
     return encoded + bytes([length]) + content
 
 
-def record(rows: int = 20, **changes) -> bytes:
+def numbers(values: np.ndarray | list[int], packed: int) -> bytes:
+    """A protobuf list of numbers: the first `packed` of them together, the others a field each."""
+    if isinstance(values, np.ndarray):
+        key, each = 1 << 3 | 5, [value.tobytes() for value in values.astype("<f4")]
+    else:
+        key, each = 1 << 3 | 0, [bytes([value]) for value in values]
+    together = field(1, b"".join(each[:packed])) if packed else b""
+    return together + b"".join(bytes([key]) + value for value in each[packed:])
+
+
+def record(rows: int = 20, packed: int = 10**9, **changes) -> bytes:
     """An episode as a TFRecord, with features changed or, if None, left out."""
     png = io.BytesIO()
     Image.fromarray(np.full((84, 84), 7, np.uint8)).save(png, "PNG")
@@ -212,11 +225,11 @@ def record(rows: int = 20, **changes) -> bytes:
         if values is None:
             continue
         if isinstance(values, np.ndarray):
-            kind, content = 2, field(1, values.astype("<f4").tobytes())
+            kind, content = 2, numbers(values, packed)
         elif isinstance(values[0], bytes):
             kind, content = 1, b"".join(field(1, value) for value in values)
         else:
-            kind, content = 3, field(1, bytes(values))
+            kind, content = 3, numbers(values, packed)
         entries += field(1, field(1, name.encode()) + field(2, field(kind, content)))
     message = field(1, entries)
     return len(message).to_bytes(8, "little") + b"crc." + message + b"crc."
@@ -237,7 +250,7 @@ def test_rl_unplugged_equals_what_was_played(tmp_path, server, source):
     assert [len(array) for array in data.values()] == [ROWS["rlu"]] * 4
     assert episodes(data) == played(TRUTH["rlu"])
     assert data["terminal"].sum() == len(TRUTH["rlu"]) and data["terminal"][-1]
-    assert json.loads((tmp_path / "data/source.json").read_text()) == {"breakout": "rl_unplugged"}
+    assert (tmp_path / "data/Breakout/source.txt").read_text() == "rl_unplugged\n"
     row = next(line.split() for line in shown.splitlines() if line.startswith("breakout"))
     mean = np.mean([episode["reward_signs_sum"] for episode in TRUTH["rlu"]])
     assert row == ["breakout", "1", "1", str(ROWS["rlu"]), "5", f"{mean:.2f}"]
@@ -255,7 +268,44 @@ def test_jat_equals_what_was_played(tmp_path, server, where):
         assert len(truth) == (7 if game == "breakout" else 3)
         assert sorted(episodes(data), key=repr) == sorted(truth, key=repr)
         assert data["terminal"].sum() == len(truth)  # the time-out among them
-    assert json.loads((tmp_path / "data/source.json").read_text()) == {"breakout": "jat", "montezuma_revenge": "jat"}
+        assert (tmp_path / "data" / folder / "source.txt").read_text() == "jat\n"
+
+
+@pytest.mark.parametrize("packed", [0, 1, 7, 29, 30])
+def test_lists_of_numbers_may_be_packed_or_not(tmp_path, server, packed):
+    """Protobuf allows both and any mixture."""
+    actions, rewards = [t % 4 for t in range(30)], np.arange(30) / 8 - 1
+    server.add("Breakout", 1, 1, gzip.compress(record(30, packed, actions=actions, unclipped_rewards=rewards)))
+    convert(tmp_path, url=server.url, rows_per_checkpoint=32)
+    data = read(tmp_path, "Breakout", 1, 1)
+    np.testing.assert_array_equal(data["action"][3:], actions)
+    np.testing.assert_array_equal(data["reward"][3:], rewards.astype(np.float32))
+
+
+@pytest.mark.parametrize("same", [0, 1, 2])
+def test_a_time_out_is_found_whatever_the_next_game_begins_with(tmp_path, same):
+    """Also if the last frames, one or two, of the game before are the next one's first."""
+    rng = np.random.default_rng(0)
+    games = rng.integers(1, 255, (2, 40, 84, 84), dtype=np.uint8)
+    games[0, 40 - same :] = games[1, 0]
+    stacks = []
+    for frames in games:
+        padded = np.concatenate([frames[[0, 0, 0]], frames])
+        for t in range(len(frames)):
+            png = io.BytesIO()
+            Image.fromarray(padded[t : t + 4].transpose(1, 2, 0)).save(png, "PNG")
+            stacks.append({"bytes": png.getvalue(), "path": None})
+    columns = {"image_observations": [stacks], "discrete_actions": [[1] * 80], "rewards": [[0.0] * 80]}
+
+    def change(table):
+        return pa.table({name: pa.array(columns[name], table.schema.field(name).type) for name in columns})
+
+    convert(tmp_path / "out", source="jat", url=jat_folder(tmp_path, change), rows_per_checkpoint=85)
+    data = read(tmp_path / "out", "Breakout", 1, 1)
+    assert list(np.flatnonzero(data["terminal"])) == [42, 85]
+    for first, frames in zip((3, 46), games, strict=True):
+        assert not data["observation"][first - 3 : first].any()
+        np.testing.assert_array_equal(data["observation"][first : first + 40], frames)
 
 
 def test_jat_rows_are_dealt_out_in_order_and_none_twice(tmp_path):
@@ -270,6 +320,9 @@ def test_jat_rows_are_dealt_out_in_order_and_none_twice(tmp_path):
     args = module().Args(tmp_path / "few", "jat", url=str(DATA / "jat"), rows_per_checkpoint=50)
     bar = tqdm(disable=True)
     bar.megabytes = 0
+    for run in (1, 2, 5):
+        (tmp_path / f"few/Breakout/{run}/replay_logs").mkdir(parents=True)
+    module().claim_folder(args, "breakout")
     module().convert_jat(args, "breakout", [(5, 50), (1, 2)], bar)
     module().convert_jat(args, "breakout", [(2, 1), (1, 1)], bar)
     for place, (run, checkpoint) in {0: (1, 1), 1: (1, 2), 10: (2, 1), 24: (5, 50)}.items():
@@ -283,15 +336,33 @@ def test_jat_rows_are_dealt_out_in_order_and_none_twice(tmp_path):
 
 
 def test_checkpoint_50_of_rl_unplugged_is_its_last_file(tmp_path, server):
+    """File 49 or 48 stands in for it, under the number that readers look for."""
     for run in range(1, 6):
         server.add("Breakout", run, 49)
         server.files[f"/StarGunner/run_{run}-00048-of-00049"] = SAMPLE
-    download(tmp_path, "--games", "breakout", "star_gunner", "--for", "finetuning", "--url", server.url,
-             "--rows-per-checkpoint", 300)  # fmt: skip
+    options = ["--games", "breakout", "star_gunner", "--url", server.url, "--rows-per-checkpoint", 300]
+    download(tmp_path, *options, "--for", "finetuning")
     found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/*/*/*/*observation*"))
-    expected = [f"{game}/{run}/replay_logs/$store$_observation_ckpt.{number}.gz"
-                for game, number in (("Breakout", 49), ("StarGunner", 48)) for run in range(1, 6)]  # fmt: skip
+    expected = [f"{game}/{run}/replay_logs/$store$_observation_ckpt.50.gz"
+                for game in ("Breakout", "StarGunner") for run in range(1, 6)]  # fmt: skip
     assert found == expected
+    assert sorted(server.requests) == sorted(f"GET {path}" for path in server.files)
+    assert episodes(read(tmp_path / "data", "Breakout", 3, 50)) == played(TRUTH["rlu"])[:1]
+    download(tmp_path, *options, "--runs", 1, "--checkpoints", 49)
+    assert len(list(tmp_path.glob("data/*/1/*/*observation_ckpt.49.gz"))) == 2  # star_gunner's is file 48
+
+
+@pytest.mark.parametrize(("game", "numbers"), [("breakout", (49, 50)), ("star_gunner", (48, 49))])
+def test_rows_are_not_written_twice_under_two_numbers(tmp_path, server, game, numbers):
+    shown = download(tmp_path, "--games", game, "--checkpoints", *numbers, "--url", server.url, code=1)
+    assert f"The last file of {game}, {numbers[0]}, stands in for" in shown and not server.requests
+
+
+def test_what_is_given_twice_counts_once(tmp_path, server):
+    server.add("Breakout", 1, 2)
+    shown = download(tmp_path, "--games", "breakout", "Breakout", "--runs", 1, 1, "--checkpoints", 2, 2,
+                     "--url", server.url, "--rows-per-checkpoint", 300)  # fmt: skip
+    assert len(server.requests) == 1 and shown.count("breakout") == 1
 
 
 def test_pre_training_is_the_default(tmp_path, server):
@@ -424,9 +495,7 @@ def test_a_kill_and_the_same_command_give_the_same_bytes(tmp_path, server):
     process.send_signal(signal.SIGKILL)
     process.wait()
     written = first.stat().st_mtime_ns
-    half = first.with_name("$store$_action_ckpt.2.gz")
-    half.write_bytes(b"of another attempt")
-    half.with_name(half.name + ".tmp").write_bytes(b"half")
+    first.with_name("$store$_action_ckpt.2.gz").write_bytes(b"of another attempt")
     download(tmp_path, *options)
     assert first.stat().st_mtime_ns == written and len(server.requests) == 5
     whole = tmp_path / "uninterrupted/data"
@@ -583,19 +652,155 @@ def test_sources_are_not_mixed(tmp_path):
     download(tmp_path, *options, "--checkpoints", 1, "--url", DATA / "rlu")
     shown = download(tmp_path, "--source", "jat", *options, "--checkpoints", 2, "--url", DATA / "jat", code=1)
     assert "has data from rl_unplugged, not from jat" in shown
-    (tmp_path / "data/source.json").unlink()
-    shown = download(tmp_path, *options, "--checkpoints", 1, "--url", DATA / "rlu", code=1)
-    assert "has data from elsewhere, not from rl_unplugged" in shown
     assert len(list(tmp_path.rglob("*.gz"))) == 4
 
 
-def test_source_json_precedes_the_data_and_keeps_other_games(tmp_path, server):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/source.json").write_text('{"pong": "jat"}')
+def test_data_that_tells_no_source_can_be_adopted(tmp_path):
+    """As another program's, or as that of this script when its notes were still in one source.json."""
+    options = ["--games", "breakout", "--runs", 1, "--rows-per-checkpoint", 300, "--checkpoints", 1]
+    options += ["--url", DATA / "rlu"]
+    shown = download(tmp_path, *options)
+    note = tmp_path / "data/Breakout/source.txt"
+    note.unlink()
+    (tmp_path / "data/source.json").write_text('{"breakout": "rl_unplugged"}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.gz")}
+    refused = download(tmp_path, *options, code=1)
+    assert "has data from a source that no source.txt names" in refused and refused.count("\n") <= 1
+    assert f"if it is from rl_unplugged all the same, write that word into {note}" in refused
+    assert not note.exists()
+    note.write_text("rl_unplugged")
+    assert download(tmp_path, *options) == shown
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.gz")} == before
+
+
+def test_the_source_is_noted_before_there_is_data(tmp_path, server):
+    """A folder in which a download has failed has no data, and may get that of another source."""
     server.faults[server.add("Breakout", 1, 1)] = (404, 9)
+    note = tmp_path / "data/Breakout/source.txt"
     download(tmp_path, "--games", "breakout", "--url", server.url, code=1)
-    sources = json.loads((tmp_path / "data/source.json").read_text())
-    assert sources == {"pong": "jat", "breakout": "rl_unplugged"}
+    assert note.read_text() == "rl_unplugged\n"
+    download(tmp_path, "--source", "jat", "--games", "breakout", "--url", DATA / "jat", "--runs", 1,
+             "--checkpoints", 1, "--rows-per-checkpoint", 300)  # fmt: skip
+    assert note.read_text() == "jat\n"
+
+
+# ---- many at once, and places that cannot be written -----------------------------------------------------------------
+AT_ONCE = """import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("download_data", sys.argv.pop(1))
+module = sys.modules["download_data"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+args = module.tyro.cli(module.Args)
+folder = args.data_dir.parent
+(folder / f"ready{sys.argv[-1]}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+module.main(args)
+"""
+
+
+def at_once(folder: Path, *many: list) -> list[str]:
+    """Runs the script with each of these flags, all into folder/data and from the same moment on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for i, flags in enumerate(many):
+        started = [sys.executable, "-c", AT_ONCE, ROOT / "download_data.py", "--data-dir", folder / "data", *flags]
+        started += ["--retries", i]  # tells them apart
+        started = list(map(str, started))
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(subprocess.Popen(started, env=environment(folder), **pipes))
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("ready*"))) < len(many) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (folder / "go").touch()
+    shown = [process.communicate(timeout=60)[0] for process in processes]
+    assert not [text for text in shown if "Traceback" in text], shown
+    return [f"code {process.returncode} {text}" for process, text in zip(processes, shown, strict=True)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("games", [("breakout", "pong"), ("breakout", "breakout")])
+def test_downloads_at_once_lose_nothing(tmp_path, server, attempt, games):
+    """Two of each game, as on two machines: what is there afterwards is what one after another would have left."""
+    for game in ("Breakout", "Pong"):
+        for checkpoint in (1, 2):
+            server.add(game, 1, checkpoint)
+    options = ["--url", server.url, "--runs", 1, "--checkpoints", 1, 2, "--rows-per-checkpoint", 300, "--games"]
+    shown = at_once(tmp_path, *([*options, game] for game in games * 2))
+    assert all(text.startswith("code 0") for text in shown), shown
+    download(tmp_path / "alone", *options, *set(games))
+    assert contents(tmp_path / "data") == contents(tmp_path / "alone/data")
+    assert len(contents(tmp_path / "data")) == (2 * 4 + 1) * len(set(games))
+
+
+def test_two_who_write_a_file_at_once_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with module().whole_file(path) as one, module().whole_file(path) as other:
+        one.write_bytes(b"1" * 9)
+        other.write_bytes(b"2" * 8)
+    assert contents(tmp_path) in ({"file": b"1" * 9}, {"file": b"2" * 8})
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_of_two_sources_at_once_one_fills_a_folder(tmp_path, attempt):
+    options = ["--games", "breakout", "--runs", 1, "--checkpoints", 1, "--rows-per-checkpoint", 1000]
+    many = {"rl_unplugged": [*options, "--url", DATA / "rlu"]}
+    many["jat"] = [*options, "--url", DATA / "jat", "--source", "jat"]
+    shown = at_once(tmp_path, *many.values())
+    source = (tmp_path / "data/Breakout/source.txt").read_text().strip()
+    for name, text in zip(many, shown, strict=True):
+        assert text.startswith("code 0" if name == source else "code 1"), shown
+        assert name == source or "Choose another --data-dir" in text
+    download(tmp_path / "alone", *many[source])
+    assert contents(tmp_path / "data") == contents(tmp_path / "alone/data")
+
+
+def test_a_checkpoint_that_another_download_finished_is_left_as_it_is(tmp_path):
+    """Readers know a file by its time: a shard made of it would have to be made again."""
+    options = {"url": str(DATA / "rlu"), "rows_per_checkpoint": 300}
+    convert(tmp_path, **options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
+    convert(tmp_path, **options)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")} == before and len(before) == 4
+
+
+@pytest.mark.parametrize("place", ["data", "data/Breakout", "data/Breakout/1", "data/Breakout/1/replay_logs", "/proc"])
+def test_a_place_that_cannot_be_written_is_told_before_the_download(tmp_path, server, place):
+    """A file in the place of a folder, or no permission."""
+    server.add("Breakout", 1, 1)
+    options = ["--games", "breakout", "--runs", 1, "--checkpoints", 1, "--url", server.url]
+    if place == "/proc":
+        options += ["--data-dir", "/proc/data"]
+    else:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    shown = download(tmp_path, *options, code=1)
+    assert "cannot be written" in shown and "Choose another folder." in shown and shown.count("\n") <= 1
+    assert not server.requests
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    (tmp_path / "mirror").symlink_to(DATA / "rlu")
+    started = [sys.executable, ROOT / "download_data.py", "--data-dir=~/x", "--url=~/mirror", "--games", "breakout"]
+    started += ["--runs", "1", "--checkpoints", "1", "--rows-per-checkpoint", "300"]
+    subprocess.run(started, env=environment(tmp_path) | {"HOME": str(tmp_path)}, cwd=tmp_path, check=True, timeout=60)
+    assert len(list((tmp_path / "x/Breakout").rglob("*.gz"))) == 4 and not (tmp_path / "~").exists()
+
+
+def test_a_bar_in_a_file_writes_few_lines(tmp_path, server):
+    """Two seconds of download would be twenty lines on a terminal. Here they are the first and the last."""
+    server.faults[server.add("Breakout", 1, 1)] = ("slow", 9)
+    options = ["--games", "breakout", "--runs", 1, "--checkpoints", 1, "--url", server.url]
+    options += ["--rows-per-checkpoint", ROWS["rlu"] - 1]
+    clock = time.monotonic()
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run(command(tmp_path / "data", *options), env=environment(tmp_path), stderr=log, check=True)
+    lines = (tmp_path / "log").read_text().replace("\r", "\n").split("\n")
+    assert time.monotonic() - clock > 2
+    assert 1 <= sum("checkpoint" in line for line in lines) <= 2
 
 
 def test_files_of_another_length_are_not_taken(tmp_path):
