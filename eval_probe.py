@@ -92,6 +92,7 @@ class Args:
     play_rows: int = 1_000  # rows to play in each game when there is no --data-dir
     cache_dir: Path = Path("cache")  # for prepared data; all scripts and runs can share it
 
+    held_out: float = 0.01  # share of a shard, its end, to take samples from; more: of rows no pre-training has read
     samples: int = 20_000  # held-out samples to take, at most, the same number of each shard
     epochs: int = 100  # passes of the probes over their training samples
     batch_size: int = 512  # samples in a step of the probes
@@ -570,7 +571,7 @@ class Samples:
         self.device, self.shards, columns = torch.device(args.device), [], []
         for game_id, path in shards:
             rows = np.memmap(path, ROW, "r")
-            held_out = math.ceil((len(rows) - HISTORY) * 0.01)  # samples, the shard's last ones
+            held_out = math.ceil((len(rows) - HISTORY) * args.held_out)  # samples, the shard's last ones
             rows = rows[-held_out - HISTORY :]
             taken = min(held_out, max(args.samples // len(shards), 1))
             place = np.linspace(0, held_out - 1, taken).round().astype(int)  # [taken] of the held-out samples
@@ -597,9 +598,10 @@ def extract(network: Features, samples: Samples, precision: torch.autocast) -> t
     for game_id, rows, place in tqdm(samples.shards, "features", unit="shard", leave=False, **BAR):
         frames, is_first = (torch.from_numpy(rows[name].copy()).to(samples.device) for name in ("frame", "is_first"))
         stacks = stack_frames(frames[None], is_first[None])[0, place]  # [taken, 4, 84, 84]
-        with precision:
-            x = network(stacks / 255, torch.full((len(stacks),), game_id, device=samples.device))
-        features.append(x.float())
+        for part in stacks.split(512):
+            with precision:
+                x = network(part / 255, torch.full((len(part),), game_id, device=samples.device))
+            features.append(x.float())
     return torch.cat(features)
 
 

@@ -165,6 +165,17 @@ def test_samples_and_their_split(most, places, args, monkeypatch):
         assert samples.train[own].tolist() == [place < 6 for place in places]
 
 
+def test_more_may_be_held_out(args):
+    """A share of each shard, its last 395 of 987 rows; a tenth of them is for the test."""
+    args.held_out = 0.4
+    samples = probe.Samples(args, GAMES)
+    for i, (_, path) in enumerate(probe.prepare(args, GAMES, 990)[0]):
+        own = slice(395 * i, 395 * (i + 1))
+        assert samples.action[own].tolist() == np.fromfile(path, probe.ROW)["action"][-395:].tolist()
+        assert samples.test[own].tolist() == [False] * 356 + [True] * 39
+        assert samples.train[own].tolist() == [True] * 353 + [False] * 42
+
+
 def test_too_few_samples(args):
     args.rows_per_checkpoint = 100
     with pytest.raises(SystemExit, match=r"^4 held-out samples are too few: use more rows"):
