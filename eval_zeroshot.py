@@ -215,7 +215,7 @@ class Trajectory(nn.Module):
 
     def __init__(self, channels: int, games: int, steps: int):
         super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
         self.spatial_norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
         self.action_embed = nn.Parameter(torch.randn(18, 512))  # E, for all games
@@ -232,7 +232,8 @@ class Trajectory(nn.Module):
 
     def forward(self, features: torch.Tensor, action: torch.Tensor, return_to_go: torch.Tensor) -> torch.Tensor:
         """Features [b, t, 512], action and scaled return_to_go [b, t] of t <= `steps` steps -> x at s_j [b, t, 512]"""
-        returns, actions = self.rtg_embed(return_to_go[..., None]), F.embedding(action, self.action_embed)  # r, e
+        returns = self.rtg_embed(return_to_go[..., None])  # r [b, t, 512]
+        actions = F.embedding(action, self.action_embed)  # e [b, t, 512]
         tokens = torch.stack([returns, features, actions], 2).flatten(1, 2)  # [b, 3t, 512]
         return self.out_norm(self.blocks(tokens + self.position[: tokens.shape[1]]))[:, 1::3]
 
@@ -241,9 +242,11 @@ class Trajectory(nn.Module):
 class Policy(nn.Module):
     """The networks of a checkpoint, which play episodes of one game side by side"""
 
-    def __init__(self, content: dict):
+    def __init__(self, content: dict, precision: torch.autocast):
         super().__init__()
-        self.args, self.is_dt = content["args"], "action_embed" in content["neck"]
+        self.args = content["args"]
+        self.precision = precision  # of f
+        self.is_dt = "action_embed" in content["neck"]
         self.backbone = ResNet(self.args["width_multiplier"], self.args["blocks"])  # f
         size = self.backbone.channels, len(DQN_REPLAY_GAMES)
         self.neck = Trajectory(*size, self.args["context_steps"]) if self.is_dt else Neck(*size)  # g
@@ -256,7 +259,9 @@ class Policy(nn.Module):
         """Action values [n, 18] by the stacks, indices, last actions and last rewards that `play_episodes` gives"""
         stacks, which, actions, rewards = (torch.from_numpy(values).to(self.head.weight.device) for values in step)
         game_id = torch.full((len(stacks),), self.game_id, device=stacks.device)
-        maps = self.backbone(stacks / 255)  # [n, 2048, 6, 6]
+        with self.precision:
+            maps = self.backbone(stacks / 255)  # [n, 2048, 6, 6]
+        maps = maps.float()  # the rest is in fp32: the values of actions often differ by less than bfloat16 resolves
         features = self.neck.features(maps, game_id) if self.is_dt else self.neck(maps, game_id)  # [n, 512]
         if self.is_dt:
             if self.history:  # the last step's action and reward are known now
@@ -265,12 +270,12 @@ class Policy(nn.Module):
             else:
                 self.return_to_go = self.neck.largest_return[self.game_id].repeat(len(which))  # R [episodes]
             s = torch.zeros(len(self.return_to_go), 512, device=stacks.device)  # 0 for episodes that have ended
-            s[which] = features.float()
+            s[which] = features
             step = s, which.new_zeros(len(s)), self.return_to_go.clone()
             self.history = [*self.history, step][-self.args["context_steps"] :]
             s, a, R = (torch.stack(steps, 1)[which] for steps in zip(*self.history, strict=True))  # [n, t, ...]
             features = self.neck(s, a, self.args["return_scale"] * R)[:, -1]  # x at s_t [n, 512]
-        values = self.head(features, game_id).float().unflatten(1, (18, -1))  # [n, 18, atoms]
+        values = self.head(features, game_id).unflatten(1, (18, -1))  # [n, 18, atoms]
         if self.atoms > 1:
             z = torch.linspace(-self.args["max_return"], self.args["max_return"], self.atoms, device=stacks.device)
             values = (values.softmax(2) * z).sum(2, keepdim=True)  # Q = sum_j z_j p_j
@@ -393,11 +398,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
+    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False, num_threads=1)
     episodes, most_frames = args.eval_episodes, 4 * args.max_episode_steps
-    env = AtariVectorEnv(game, episodes, max_num_frames_per_episode=most_frames, **options)
-    num_actions, rng = env.single_action_space.n, np.random.default_rng(args.seed)
-    stacks, _ = env.reset(seed=int(rng.integers(2**30)))  # [episodes, 4, 84, 84]
+    envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
+    num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
+    seed = int(rng.integers(2**30))
+    stacks = np.concatenate([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False)
@@ -409,9 +415,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
-        stacks, rewards, terminated, truncated, _ = env.step(actions)
+        for i in which:
+            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+        for i in which:
+            (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
+            running[i] = not (terminated or truncated)
         scores[which] += rewards[which]
-        running &= ~(terminated | truncated)
         bar.update(len(which) - running.sum())
     bar.close()
     return scores, frames
@@ -488,7 +497,7 @@ def evaluate(args: Args) -> None:
     try:
         facts = describe(content, ("backbone", "neck", "head")) | {"data": None}  # as nothing is fine-tuned
         content = content if "args" in content else from_authors(content, args.checkpoint)
-        policy = Policy(content).to(device).eval()
+        policy = Policy(content, precision).to(device).eval()
     except (KeyError, RuntimeError) as error:
         raise SystemExit(f"{args.checkpoint} holds no policy. BC, DT and CQL learn one.") from error
     for game in dict.fromkeys(parse_game(name, content["games"]) for name in args.games) or content["games"]:
@@ -499,7 +508,7 @@ def evaluate(args: Args) -> None:
         if result.exists() and not args.overwrite:
             continue
         result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
-        with precision, torch.no_grad():
+        with torch.no_grad():
             scores, film = play_episodes(game, policy, args)
         save_result(result, game, scores, plain_args)
         if args.video:

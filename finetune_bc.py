@@ -524,11 +524,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
+    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False, num_threads=1)
     episodes, most_frames = args.eval_episodes, 4 * args.max_episode_steps
-    env = AtariVectorEnv(game, episodes, max_num_frames_per_episode=most_frames, **options)
-    num_actions, rng = env.single_action_space.n, np.random.default_rng(args.seed)
-    stacks, _ = env.reset(seed=int(rng.integers(2**30)))  # [episodes, 4, 84, 84]
+    envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
+    num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
+    seed = int(rng.integers(2**30))
+    stacks = np.concatenate([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False)
@@ -540,9 +541,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
-        stacks, rewards, terminated, truncated, _ = env.step(actions)
+        for i in which:
+            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+        for i in which:
+            (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
+            running[i] = not (terminated or truncated)
         scores[which] += rewards[which]
-        running &= ~(terminated | truncated)
         bar.update(len(which) - running.sum())
     bar.close()
     return scores, frames

@@ -18,18 +18,16 @@ network p' is p with averaged weights. Transitions i are drawn in proportion to 
     python finetune_rainbow.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt
     python finetune_rainbow.py --game pong                            # baseline "random": a frozen random backbone
     python finetune_rainbow.py --game pong --no-freeze-backbone       # baseline "e2e": everything is learned
-    python finetune_rainbow.py --game klax --encoder nature --save-replay DIR --save-replay-every 50000     # records
 
 The result, with the settings of the Atari Pre-training Benchmark (2406.06037), is results/rainbow/<method>/<game>/
-seed<k>.json. The same command continues a run that was cut off, and does nothing if the result is there already.
+seed<k>.json. The same command begins a run again that was cut off, and does nothing if the result is there already.
 """
 
 import copy
-import gzip
 import json
-import math
 import os
-import signal
+import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -51,25 +49,14 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# === processes and precision [shared] =================================================================================
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on this machine, number of processes
-if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 if `precision` is bf16, or is auto and the hardware has instructions for it."""
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16" or (precision == "auto" and native))
-
 
 # === arguments ========================================================================================================
 @dataclass
 class Args:
     game: str  # such as ms_pacman or MsPacman: one of the benchmark's 65
     checkpoint: Path | None = None  # of a pretrain_*.py run, or the original authors' .pth; default: a random backbone
-    freeze_backbone: bool = True  # train the neck and the head only; the Nature CNN is always trained
-    method: str = ""  # name in the results; default: the objective, <objective>_e2e, random, e2e or nature
+    freeze_backbone: bool = True  # train the neck and the head only
+    method: str = ""  # name in the results; default: the objective, <objective>_e2e, random or e2e
     total_steps: int = 50_000  # agent steps of training; each is one action and 4 frames of the game
     learning_starts: int = 2_000  # agent steps with random actions before the first update
     updates_per_step: float = 2.0  # updates for each agent step after learning_starts; 0.25 is one every fourth step
@@ -82,21 +69,15 @@ class Args:
     n_steps: int = 10  # n: steps whose rewards are summed before the target network estimates the rest
     atoms: int = 51  # atoms of the return's distribution
     max_return: float = 10.0  # the last atom; the first one is minus this
-    replay_capacity: int = 100_000  # transitions that can be drawn: the latest ones
     priority_exponent: float = 0.5  # of prioritised replay; 0 draws all transitions alike
     importance_exponent: float = 0.4  # beta of prioritised replay at the first update, annealed to 1 at the last
     exploration_steps: int = 10_000  # agent steps after learning_starts over which epsilon falls linearly from 1
     exploration_final: float = 0.01  # epsilon after that: the probability of a random action
 
-    encoder: Literal["resnet", "nature"] = "resnet"  # f: the ResNet-50, or DQN's small network, trained from scratch
     width_multiplier: float = 1.0  # scales the ResNet's channels; as in pre-training
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks of the four stages; as in pre-training
     episodic_life: bool = True  # a lost life ends an episode for learning; the game itself goes on
-    repeat_action_probability: float = 0.0  # of sticky actions in training; 0.25 in the DQN Replay Dataset
-    replay_dir: Path | None = None  # folder for the file of frames, on a fast local disk; default: the run's folder
-    save_replay: Path | None = None  # record what is played into this folder, in DQN Replay's layout, run = seed
-    save_replay_every: int = 1_000_000  # agent steps in a recorded replay checkpoint
-    save_replay_rows: int = 0  # rows to record of each replay checkpoint, from its start; 0 records all
+    repeat_action_probability: float = 0.0  # of sticky actions in training
     eval_episodes: int = 100  # episodes of the evaluation; the score is their mean
     max_episode_steps: int = 27_000  # agent steps after which an episode is cut off, in training, too
     epsilon: float = 0.001  # probability of a random action in the evaluation
@@ -107,9 +88,259 @@ class Args:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the ResNet; auto: bfloat16 where the hardware supports it
     compile: bool = torch.cuda.is_available()  # torch.compile the update and the action
     results: Path = Path("results")  # folder of the results
-    overwrite: bool = False  # replace the result and the run if there are any
+    overwrite: bool = False  # replace the result if there is one
     log_every: int = 1_000  # agent steps between entries in TensorBoard
-    save_every: int = 10_000  # agent steps between checkpoints, and one at the end and on Ctrl-C or SIGTERM
+
+
+# === objective: Rainbow [shared] ======================================================================================
+class Rainbow(nn.Module):
+    """The online network p and the target network p'. `update` and `act` never wait for the device."""
+
+    def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
+        super().__init__()
+        self.args = args
+        self.precision = precision  # of f
+        self.online = network
+        self.target = copy.deepcopy(network).requires_grad_(False).eval()
+        self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
+        if self.frozen:  # f = f': both networks have the same module
+            self.target.backbone = network.backbone.eval()
+        self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z [atoms]
+        self.to(device, memory_format=torch.channels_last)
+        if self.frozen and precision._enabled:
+            network.backbone.bfloat16()  # once, not in every pass
+        learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        self.learned = list(learned.values())
+        self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
+        options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # as its first steps are not captured
+        if args.compile:
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.act = torch.compile(self.act, dynamic=False)
+
+    def losses(self, stacks: torch.Tensor, action: torch.Tensor, n_step_return: torch.Tensor, done: torch.Tensor):
+        """All o_s, then all o_s+n [2b, 4, 84, 84]; a_s, G and done [b] -> L, Q and Q's target [3, b]"""
+        with self.precision:
+            if self.frozen:  # f needs no gradients: one pass is enough
+                maps, next_maps = self.online.backbone(stacks).chunk(2)  # f(o_s), f(o_s+n) [b, channels, 6, 6]
+                target_maps = next_maps  # f'(o_s+n)
+            else:
+                obs, next_obs = stacks.chunk(2)
+                maps = self.online.backbone(obs)  # first: weights that autocast casts in no_grad get no gradient
+                with torch.no_grad():
+                    next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
+        i = torch.arange(len(action), device=action.device)
+        with torch.no_grad():
+            best = self.q(self.online(next_maps)).argmax(1)  # a* [b]
+            p = self.target(target_maps)[i, best].softmax(1)  # p'(o_s+n, a*) [b, atoms]
+            discount = self.args.discount**self.args.n_steps * ~done  # [b], gamma^n, or 0 where an episode ended
+            atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
+            m = project(p, atoms, self.support)  # [b, atoms]
+        logits = self.online(maps)[i, action]  # [b, atoms]
+        cross_entropy = (m * -logits.log_softmax(1)).sum(1).clamp(1e-5, 1e5)  # as in the original: no priority is 0
+        return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
+
+    def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
+        """One update on a batch of `Replay.sample` with weights w [b] -> [2 + 3b]: loss, gradient norm and `losses`"""
+        stacks = augment(stack_frames(frames, is_first)).squeeze(1)  # [2b, 4, 84, 84]
+        losses = self.losses(stacks, action, n_step_return, done)
+        loss = (weight * losses[0]).mean()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.learned, self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():  # target = momentum target + (1 - momentum) online
+            torch._foreach_lerp_(self.averages, self.learned, 1 - self.args.target_momentum)
+        return torch.cat([torch.stack([loss, grad_norm]), losses.flatten()]).detach()
+
+    @torch.no_grad()
+    def act(self, stacks: torch.Tensor) -> torch.Tensor:
+        """Q of the target network, which is the player: stacks uint8 [n, 4, 84, 84] -> [n, actions]"""
+        with self.precision:
+            maps = self.target.backbone(stacks / 255)
+        return self.q(self.target(maps))
+
+    def q(self, logits: torch.Tensor) -> torch.Tensor:
+        """Q = sum_j z_j p_j: [..., atoms] -> [...]"""
+        return (logits.softmax(-1) * self.support).sum(-1)
+
+
+# === distributional returns [shared] ==================================================================================
+def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
+    last = len(support) - 1
+    position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
+    distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
+    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
+
+
+# === networks =========================================================================================================
+class Network(nn.Module):
+    """f, g and h. forward applies g and h to f's maps [n, channels, 6, 6] -> logits of the atoms [n, actions, atoms]"""
+
+    def __init__(self, args: Args, backbone: nn.Module, actions: int):
+        super().__init__()
+        self.backbone = backbone  # f
+        self.neck = Neck(backbone.channels, games=1)  # g
+        self.head = GameLinear(1, 512, actions * args.atoms)  # h
+        self.shape = (actions, args.atoms)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        maps = maps.float()  # g and h in fp32: the values of actions often differ by less than bfloat16 resolves
+        game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)  # they have one game only
+        return self.head(self.neck(maps, game_id), game_id).unflatten(1, self.shape)
+
+
+# === replay ===========================================================================================================
+class Replay:
+    """The run's transitions. Row i can be drawn once its n steps, or the end of its life within them, are known."""
+
+    def __init__(self, args: Args):
+        self.n_steps, self.discount, self.exponent = args.n_steps, args.discount, args.priority_exponent
+        self.frames = np.zeros((args.total_steps, 84, 84), np.uint8)
+        self.transitions = np.zeros(args.total_steps, TRANSITION)
+        self.priorities = np.zeros(args.total_steps)  # to the power of the exponent
+        self.rows = 0  # rows played
+        self.ready = 0  # rows that can be drawn: the first ones
+        self.greatest_loss = 1.0  # the priority of rows that no update has seen
+
+    def add(self, frame: np.ndarray, *transition) -> None:
+        """Adds a row: o [84, 84] and TRANSITION's fields."""
+        self.frames[self.rows], self.transitions[self.rows] = frame, transition
+        self.rows += 1
+        life_over = self.transitions["life_over"][self.rows - 1]
+        ready = self.rows if life_over else max(self.ready, self.rows - self.n_steps)
+        self.priorities[self.ready : ready] = self.greatest_loss**self.exponent
+        self.ready = ready
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
+        """Draws a row from each of b equal parts of the sum of priorities: rows [b], priorities [b] and a batch"""
+        sums = self.priorities[: self.ready].cumsum()  # [ready]
+        points = (np.arange(batch_size) + rng.random(batch_size)) / batch_size * sums[-1]  # [b]
+        points = np.minimum(points, np.nextafter(sums[-1], 0))  # rounding never leads beyond the last row
+        rows = sums.searchsorted(points, side="right")
+        return rows, self.priorities[rows], make_batch(self, rows)
+
+    def set_losses(self, rows: np.ndarray, losses: np.ndarray) -> None:
+        self.priorities[rows] = losses.astype(float) ** self.exponent
+        self.greatest_loss = max(self.greatest_loss, float(losses.max()))
+
+
+# === transitions [shared] =============================================================================================
+# is_first: o is a game's first frame. life_over: an episode for learning ends with this step, as a life is lost or the
+# game is over. game_over: the game ends with this step, lost, won or cut off.
+TRANSITION = np.dtype([("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("life_over", "?"), ("game_over", "?")])
+
+
+def make_batch(replay, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What an update needs of b samples: action a, n_step_return G and done [b]; frames uint8 [2b, 4, 84, 84] and
+    is_first [2b, 4] of their stacks, then of those n steps later, or again of their own where done."""
+    size = len(replay.frames)  # in a replay that is a ring, the first row follows the last one
+    steps = replay.transitions[(rows[:, None] + np.arange(replay.n_steps)) % size]  # [b, n]
+    ended = steps["life_over"].cumsum(1) - steps["life_over"] > 0  # [b, n], before this step
+    n_step_return = (np.sign(steps["reward"]) * ~ended) @ replay.discount ** np.arange(replay.n_steps)
+    done = steps["life_over"].any(1)  # an episode for learning ends within the n steps: no return follows them
+    newest = np.concatenate([rows, np.where(done, rows, rows + replay.n_steps)])  # [2b], the stacks' last rows
+    window = (newest[:, None] + np.arange(-HISTORY, 1)) % size  # [2b, 4]
+    batch = {"frames": replay.frames[window], "is_first": replay.transitions["is_first"][window], "done": done}
+    batch["action"] = steps["action"][:, 0].astype(int)
+    batch["n_step_return"] = n_step_return.astype(np.float32)
+    return batch
+
+
+# === CUDA graphs [shared] =============================================================================================
+class Graph:
+    """Calls a function of tensors with arrays. On CUDA, the fourth call captures its kernels; from then on they are
+    replayed. The first three compile, and allocate what libraries and the optimizer keep."""
+
+    def __init__(self, function, device: torch.device):
+        self.function, self.device = function, device
+        self.calls = 0
+
+    def __call__(self, **arrays: np.ndarray) -> np.ndarray:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.device.type != "cuda":
+            return self.function(**tensors).numpy()
+        self.calls += 1
+        if self.calls == 1:
+            self.pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            self.inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            self.stream = torch.cuda.Stream(self.device)
+            self.graph = torch.cuda.CUDAGraph()
+        for name, tensor in tensors.items():
+            self.pinned[name][: len(tensor)] = tensor  # it may have fewer rows than at the first call
+            self.inputs[name].copy_(self.pinned[name], non_blocking=True)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):  # not on the default stream, as PyTorch asks of calls before a capture
+                return self.function(**self.inputs).cpu().numpy()
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):  # which first waits for the device
+                self.output = self.function(**self.inputs)
+        self.graph.replay()
+        return self.output.cpu().numpy()  # the only wait
+
+
+# === environment [shared] =============================================================================================
+class Environment:
+    """One game. Its state is a function of the seed, the episode and the actions since its reset."""
+
+    def __init__(self, args: Args):
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
+        options["repeat_action_probability"] = args.repeat_action_probability
+        options["max_num_frames_per_episode"] = 4 * args.max_episode_steps
+        self.env = AtariVectorEnv(args.game, 1, **options)
+        self.num_actions = int(self.env.single_action_space.n)
+        self.args = args
+        self.reset(0)
+
+    def reset(self, episode: int) -> None:
+        seed = int(np.random.default_rng([self.args.seed, episode]).integers(2**30))
+        stacks, info = self.env.reset(seed=seed)
+        self.stack, self.lives = stacks[0], info["lives"][0]  # stack [4, 84, 84]
+        self.episode, self.actions, self.score, self.game_over = episode, [], 0.0, False
+
+    def step(self, action: int) -> tuple:
+        """Plays a step and returns its row for `Replay.add`."""
+        frame = self.stack[-1]
+        is_first = not self.actions
+        stacks, rewards, terminated, truncated, info = self.env.step(np.array([action]))
+        self.game_over = bool(terminated[0] or truncated[0])
+        life_over = self.game_over or (self.args.episodic_life and info["lives"][0] < self.lives)
+        self.stack, self.lives = stacks[0], info["lives"][0]
+        self.actions.append(action)
+        self.score += float(rewards[0])
+        return frame, action, rewards[0], is_first, life_over, self.game_over
+
+
+# === neck and head [shared] ===========================================================================================
+class Neck(nn.Module):
+    """Map times the game's embedding, averaged, LayerNorm, MLP: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
+
+    def __init__(self, channels: int, games: int):
+        super().__init__()
+        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))  # N(0, 1), as in the original code
+        self.norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
+
+    def forward(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
+        embed = F.embedding(game_id, self.spatial_embed).view(maps.shape)  # [b, c, 6, 6]
+        return self.mlp(self.norm((maps * embed).mean((2, 3))))
+
+
+class GameLinear(nn.Module):
+    """A linear layer for each game, y = x W_game + b_game: x [b, d], game_id [b] -> [b, a]"""
+
+    def __init__(self, games: int, features: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(games, features, outputs))  # N(0, 1), as in the original code
+        self.bias = nn.Parameter(torch.randn(games, outputs))
+
+    def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight  # [games, b, a]; this is cheaper than a matrix per sample (512 MB where a = 512)
+        return y[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
 
 
 # === resnet-50 [shared] ===============================================================================================
@@ -130,7 +361,10 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
+
+    Torchvision's names: bn is a norm, whichever it is.
+    """
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -170,36 +404,8 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(x))  # [b, 1024, 11, 11], [b, 2048, 6, 6]
 
 
-# === neck and head [shared] ===========================================================================================
-class Neck(nn.Module):
-    """Map times the game's embedding, averaged, LayerNorm, MLP: maps [b, c, 6, 6], game_id [b] -> [b, 512]"""
-
-    def __init__(self, channels: int, games: int):
-        super().__init__()
-        self.spatial_embed = nn.Parameter(torch.randn(games, channels * 6 * 6))
-        self.norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
-
-    def forward(self, maps: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        embed = F.embedding(game_id, self.spatial_embed).view(maps.shape)  # [b, c, 6, 6]
-        return self.mlp(self.norm((maps * embed).mean((2, 3))))
-
-
-class GameLinear(nn.Module):
-    """A linear layer for each game, y = x W_game + b_game: x [b, d], game_id [b] -> [b, a]"""
-
-    def __init__(self, games: int, features: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(games, features, outputs))
-        self.bias = nn.Parameter(torch.randn(games, outputs))
-
-    def forward(self, x: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        y = x @ self.weight  # [games, b, a]; this is cheaper than a matrix per sample (512 MB where a = 512)
-        return y[game_id, torch.arange(len(x), device=x.device)] + F.embedding(game_id, self.bias)
-
-
 # === frame stacks and augmentation [shared] ===========================================================================
-HISTORY = 3  # a stack is a row's frame and the frames of the 3 rows before it
+HISTORY = 3  # a stack is a row's frame and those of the 3 rows before it: 4 frames
 
 
 def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
@@ -207,14 +413,16 @@ def stack_frames(frames: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
 
     frames uint8 [b, 3+n, 84, 84], is_first bool [b, 3+n] -> uint8 [b, n, 4, 84, 84]
     """
-    episode = is_first.unfold(1, 4, 1).cumsum(-1)  # [b, n, 4], episodes that began within the stack, up to this frame
+    size = HISTORY + 1
+    episode = is_first.unfold(1, size, 1).cumsum(-1)  # [b, n, 4], episodes begun within the stack, up to this frame
     same = episode == episode[..., -1:]  # frames of the same episode as the stack's last frame
-    return frames.unfold(1, 4, 1).movedim(-1, 2) * same[..., None, None]
+    return frames.unfold(1, size, 1).movedim(-1, 2) * same[..., None, None]
 
 
 def augment(stacks: torch.Tensor) -> torch.Tensor:
     """Random shift (repeats the edge) and intensity, one draw a sample: uint8 [b, n, 4, 84, 84] -> float32, 0 to 1.1"""
-    b, device = len(stacks), stacks.device
+    b = len(stacks)
+    device = stacks.device
     # Every process draws for all samples and takes its part, so that any number of processes computes the same.
     shift = torch.randint(-4, 5, (WORLD_SIZE * b, 2, 1), device=device).chunk(WORLD_SIZE)[RANK]
     rows, columns = (torch.arange(84, device=device) + shift).clamp(0, 83).unbind(1)  # [b, 84] each
@@ -224,327 +432,32 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
-# === random numbers [shared] ==========================================================================================
+# === processes, precision and seeds [shared] ==========================================================================
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+# Of progress bars. In a file, they are a line every 30 seconds.
+BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+
+
+def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
+    """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
+    device = torch.device(device)
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    low = precision == "bf16" or (precision == "auto" and native)
+    if RANK == 0:
+        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
+    if compiles and not any(compilers):
+        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    return device, torch.autocast(device.type, torch.bfloat16, low)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-
-
-# === networks =========================================================================================================
-class Nature(nn.Sequential):
-    """DQN's convolutions (Mnih et al. 2015): [b, 4, 84, 84] -> [b, 64, 7, 7]"""
-
-    def __init__(self):
-        first, second, third = nn.Conv2d(4, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)
-        super().__init__(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
-
-
-class Network(nn.Module):
-    """f, g and h. forward applies g and h to f's maps -> logits of the return's atoms [b, actions, atoms]"""
-
-    def __init__(self, args: Args, backbone: nn.Module, actions: int):
-        super().__init__()
-        self.backbone, self.shape = backbone, (actions, args.atoms)
-        if args.encoder == "nature":
-            self.neck = nn.Sequential(nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU())
-            self.head = nn.Linear(512, actions * args.atoms)
-        else:
-            self.neck = Neck(backbone.channels, games=1)
-            self.head = GameLinear(1, 512, actions * args.atoms)
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)
-        game_id = [game_id] if isinstance(self.neck, Neck) else []  # the Nature network has no layers for each game
-        return self.head(self.neck(maps.float(), *game_id), *game_id).unflatten(1, self.shape)
-
-
-# === distributional returns [shared] ==================================================================================
-def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
-    last = len(support) - 1
-    position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
-    distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
-    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
-
-
-# === objective: Rainbow ===============================================================================================
-class Rainbow(nn.Module):
-    """The online and the target network, which share a frozen backbone; `act` and `update` never wait for the device"""
-
-    def __init__(self, args: Args, backbone: nn.Module, actions: int, device: torch.device):
-        super().__init__()
-        self.args = args
-        self.online = Network(args, backbone, actions)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
-        if self.frozen:
-            self.target.backbone = backbone
-        self.target.backbone.eval()  # also the online network's, if it is frozen
-        self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z
-        self.to(device, memory_format=torch.channels_last)
-        self.precision = autocast(device, "fp32" if args.encoder == "nature" else args.precision)
-        if self.frozen and self.precision._enabled:
-            backbone.bfloat16()  # once, not in every pass
-        learned = {name: parameter for name, parameter in self.online.named_parameters() if parameter.requires_grad}
-        self.learned, self.averages = list(learned.values()), [self.target.get_parameter(name) for name in learned]
-        options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
-        self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning before the capture
-        for x in self.learned:  # Adam would allocate its state at the first step; a graph needs it before
-            state = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
-            self.optimizer.state[x] = state | {"step": torch.zeros((), device=device)}
-        if args.compile:
-            self.act = torch.compile(self.act, dynamic=False)
-            self.losses = torch.compile(self.losses, dynamic=False)
-
-    def q(self, logits: torch.Tensor) -> torch.Tensor:
-        """Q = sum_j z_j p_j: [..., atoms] -> [...]"""
-        return (logits.softmax(-1) * self.support).sum(-1)
-
-    @torch.no_grad()
-    def act(self, stacks: torch.Tensor) -> torch.Tensor:
-        """Q of the target network, which is the player: stacks uint8 [n, 4, 84, 84] -> [n, actions]"""
-        with self.precision:
-            maps = self.target.backbone(stacks / 255)
-        return self.q(self.target(maps))  # in fp32: the values of actions often differ by less than bfloat16 resolves
-
-    def losses(self, stacks: torch.Tensor, action: torch.Tensor, n_step_return: torch.Tensor, done: torch.Tensor):
-        """All o_s, then all o_s+n [2b, 4, 84, 84]; a_s, G and if an episode ended [b] -> L, Q and Q's target [3, b]"""
-        with self.precision:
-            if self.frozen:  # f = f', which needs no gradients: one pass is enough
-                maps, next_maps = self.online.backbone(stacks).chunk(2)
-                target_maps = next_maps
-            else:
-                obs, next_obs = stacks.chunk(2)
-                maps = self.online.backbone(obs)  # first: weights that autocast casts in no_grad get no gradient
-                with torch.no_grad():
-                    next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
-        i = torch.arange(len(action), device=action.device)
-        with torch.no_grad():
-            best = self.q(self.online(next_maps)).argmax(1)  # a* [b]
-            p = self.target(target_maps)[i, best].softmax(1)  # p'(o_s+n, a*) [b, atoms]
-            discount = self.args.discount**self.args.n_steps * ~done  # [b], gamma^n, or 0 where an episode ended
-            atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
-            m = project(p, atoms, self.support)
-        logits = self.online(maps)[i, action]  # [b, atoms]
-        cross_entropy = (m * -logits.log_softmax(1)).sum(1).clamp(1e-5, 1e5)  # as in the original: no priority is 0
-        return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
-
-    def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
-        """One update on a batch of `Replay.sample` with weights w [b] -> [2 + 3b]: loss, gradient norm and `losses`"""
-        stacks = augment(stack_frames(frames, is_first)).squeeze(1)  # [2b, 4, 84, 84]
-        losses = self.losses(stacks, action, n_step_return, done)
-        loss = (weight * losses[0]).mean()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.learned, self.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():  # target = momentum target + (1 - momentum) online
-            torch._foreach_lerp_(self.averages, self.learned, 1 - self.args.target_momentum)
-            for average, statistic in zip(self.target.backbone.buffers(), self.online.backbone.buffers(), strict=True):
-                average.copy_(statistic)  # for those who put BatchNorm into the ResNet, which has none
-        return torch.cat([torch.stack([loss, grad_norm]), losses.flatten()]).detach()
-
-
-# === CUDA graphs ======================================================================================================
-class Graph:
-    """Calls a function of tensors with arrays. On CUDA, the first call captures its kernels; all calls replay them."""
-
-    def __init__(self, function, device: torch.device, state: tuple | list = ()):
-        self.function, self.device, self.graph, self.state = function, device, None, state  # tensors that it changes
-
-    def capture(self, arrays: dict[str, np.ndarray]) -> None:
-        self.pinned = {name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}
-        self.inputs = {name: tensor.to(self.device) for name, tensor in self.pinned.items()}
-        before, stream = [tensor.clone() for tensor in self.state], torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.random.fork_rng([self.device]), torch.cuda.stream(stream):
-            for _ in range(3):  # these compile, and they allocate what libraries keep
-                self.function(**self.inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):  # which first waits for the device
-            self.output = self.function(**self.inputs)
-        for tensor, value in zip(self.state, before, strict=True):
-            tensor.copy_(value)  # in place: the graph knows tensors by their addresses
-
-    def __call__(self, **arrays: np.ndarray) -> np.ndarray:
-        if self.device.type != "cuda":
-            return self.function(**{name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
-        if self.graph is None:
-            self.capture(arrays)
-        for name, array in arrays.items():
-            self.pinned[name][: len(array)] = torch.from_numpy(array)  # it may have fewer rows than at the first call
-            self.inputs[name].copy_(self.pinned[name], non_blocking=True)
-        self.graph.replay()
-        return self.output.cpu().numpy()  # the only wait
-
-
-# === replay ===========================================================================================================
-TRANSITION = np.dtype([("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("ends", "?"), ("terminal", "?")])
-
-
-class SumTree:
-    """Priorities of `size` slots. A node is the sum of its 64 children: 3 levels for 100,000 slots, not 17."""
-
-    def __init__(self, size: int):
-        self.levels = [np.zeros(math.ceil(size / 64) * 64)]  # the leaves first, the root's children last
-        while len(self.levels[-1]) > 64:
-            self.levels.append(np.zeros(math.ceil(len(self.levels[-1]) / 64 / 64) * 64))
-
-    def set(self, slots: np.ndarray, priorities: np.ndarray | float) -> None:
-        self.levels[0][slots] = priorities
-        for children, parents in zip(self.levels[:-1], self.levels[1:], strict=True):
-            slots = slots // 64
-            parents[slots] = children.reshape(-1, 64)[slots].sum(1)
-
-    def draw(self, uniform: np.ndarray) -> np.ndarray:
-        """The slots [b] at the shares uniform [b], in [0, 1), of the sum of all priorities"""
-        node, left = np.zeros(len(uniform), int), uniform * self.levels[-1].sum()
-        for level in reversed(self.levels):
-            sums = level.reshape(-1, 64)[node].cumsum(1)  # [b, 64]
-            left = np.minimum(left, np.nextafter(sums[:, -1], 0))  # rounding never leads to a slot of priority 0
-            child = (sums <= left[:, None]).sum(1)
-            left -= np.where(child > 0, sums[np.arange(len(node)), child - 1], 0)
-            node = node * 64 + child
-        return node
-
-
-class Replay:
-    """The latest transitions. Row i (o_i, a_i, r_i and what became of it) is in slot i modulo `size`.
-
-    `is_first` marks a game's first row, `terminal` its last one, `ends` the last one of an episode for learning. A row
-    can be drawn once its n steps or its episode's end are known, until it is older than `capacity`. A file holds the
-    frames; `save_every` more slots keep what a checkpoint needs until the next one is written.
-    """
-
-    def __init__(self, args: Args, path: Path):
-        self.capacity, self.n_steps, self.exponent = args.replay_capacity, args.n_steps, args.priority_exponent
-        self.discounts = args.discount ** np.arange(self.n_steps)  # gamma^k
-        self.size = args.replay_capacity + HISTORY + args.save_every
-        self.fields, self.tree = np.zeros(self.size, TRANSITION), SumTree(self.size)
-        self.rows, self.ready, self.max_priority = 0, 0, 1.0  # rows played, rows with a known future and so a priority
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:  # a disk without room for all frames is an error now, not a crash later
-            os.posix_fallocate(file.fileno(), 0, self.size * 84 * 84)
-        self.map = np.memmap(path, np.uint8, "r+", shape=(self.size, 84, 84))
-        self.frames = self.map.view(np.ndarray)
-
-    def add(self, frame: np.ndarray, *fields) -> None:
-        """Adds a row: o [84, 84] and TRANSITION's fields. Rows whose future is now known get the greatest priority."""
-        slot = self.rows % self.size
-        self.frames[slot], self.fields[slot] = frame, fields
-        self.rows += 1
-        ready = self.rows if self.fields["ends"][slot] else max(self.ready, self.rows - self.n_steps)
-        if ready > self.ready:
-            self.tree.set(np.arange(self.ready, ready) % self.size, self.max_priority**self.exponent)
-        self.ready = ready
-        if self.rows > self.capacity:  # this row is too old now
-            self.tree.set(np.array([self.rows - 1 - self.capacity]) % self.size, 0)
-
-    def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Draws a slot from each of b equal parts of the sum of priorities -> slots [b], priorities [b] and a batch:
-
-        frames uint8 [2b, 4, 84, 84] and is_first [2b, 4] of b stacks now, then of the b stacks n steps later; action,
-        n_step_return (G) and done [b]. Where done, the episode ends within the n steps: the later stack is that of now.
-        """
-        slots = self.tree.draw((np.arange(batch_size) + rng.random(batch_size)) / batch_size)
-        steps = self.fields[(slots[:, None] + np.arange(self.n_steps)) % self.size]  # [b, n]
-        ended = steps["ends"].cumsum(1) - steps["ends"] > 0  # [b, n], the episode ended before this step
-        n_step_return = (np.sign(steps["reward"]) * ~ended) @ self.discounts
-        done = steps["ends"].any(1)
-        last = np.concatenate([slots, np.where(done, slots, slots + self.n_steps)])  # [2b], of each stack
-        window = (last[:, None] + np.arange(-HISTORY, 1)) % self.size  # [2b, 4]
-        batch = {"frames": self.frames[window], "is_first": self.fields["is_first"][window], "done": done}
-        batch |= {"action": steps["action"][:, 0].astype(int), "n_step_return": n_step_return.astype(np.float32)}
-        return slots, self.tree.levels[0][slots], batch
-
-    def set_losses(self, slots: np.ndarray, losses: np.ndarray) -> None:
-        self.tree.set(slots, losses.astype(float) ** self.exponent)
-        self.max_priority = max(self.max_priority, float(losses.max()))
-
-    def state_dict(self) -> dict:
-        """Everything but the frames, which it brings to the disk"""
-        self.map.flush()
-        state = {"fields": torch.tensor(self.fields.view(np.uint8)), "priorities": torch.tensor(self.tree.levels[0])}
-        return state | {"rows": self.rows, "ready": self.ready, "max_priority": self.max_priority}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.fields = state["fields"].numpy().view(TRANSITION)
-        self.tree.set(np.arange(self.size), state["priorities"].numpy()[: self.size])
-        self.rows, self.ready, self.max_priority = state["rows"], state["ready"], state["max_priority"]
-
-
-# === environment ======================================================================================================
-class Environment:
-    """One game. Its state is a function of the seed, the episode and the actions since its reset."""
-
-    def __init__(self, args: Args):
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
-        options |= dict(repeat_action_probability=args.repeat_action_probability)
-        self.env = AtariVectorEnv(args.game, 1, max_num_frames_per_episode=4 * args.max_episode_steps, **options)
-        self.num_actions = int(self.env.single_action_space.n)
-        self.args = args
-        self.reset(0)
-
-    def reset(self, episode: int) -> None:
-        seed = int(np.random.default_rng([self.args.seed, episode]).integers(2**30))
-        stacks, info = self.env.reset(seed=seed)
-        self.stack, self.lives, self.score, self.terminal = stacks[0], info["lives"][0], 0.0, False  # stack [4, 84, 84]
-        self.episode, self.actions = episode, []
-
-    def step(self, action: int) -> tuple:
-        """Plays a step and returns its row for `Replay.add`. An episode for learning ends by a lost life, too."""
-        frame, is_first = self.stack[-1], not self.actions
-        stacks, rewards, terminated, truncated, info = self.env.step(np.array([action]))
-        self.terminal = bool(terminated[0] or truncated[0])
-        ends = self.terminal or (self.args.episodic_life and info["lives"][0] < self.lives)
-        self.stack, self.lives, self.score = stacks[0], info["lives"][0], self.score + float(rewards[0])
-        self.actions.append(action)
-        return frame, action, rewards[0], is_first, ends, self.terminal
-
-
-# === recordings =======================================================================================================
-REPLAY_FILES = {"observation": "|u1", "action": "<i4", "reward": "<f4", "terminal": "|u1"}  # of the DQN Replay Dataset
-PADDING = 3  # blank rows before every episode in the dataset
-
-
-def name_source(args: Args, is_new: bool) -> Path:
-    """Notes in source.json that the game's recordings are Rainbow's. Returns the folder of this run's."""
-    folder = args.save_replay / "".join(word.capitalize() for word in args.game.split("_"))
-    path, temporary = args.save_replay / "source.json", args.save_replay / f"source_{args.game}_{args.seed}.tmp"
-    sources = json.loads(path.read_text()) if path.exists() else {}
-    if is_new and sources.get(args.game) != "rainbow" and any(folder.rglob("*.gz")):
-        raise SystemExit(f"{folder} has recordings of another source. Choose another --save-replay.")
-    logs = folder / f"{args.seed}" / "replay_logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(sources | {args.game: "rainbow"}, indent=2))
-    temporary.replace(path)
-    return logs
-
-
-def record(args: Args, replay: Replay) -> bool:
-    """Writes a replay checkpoint as in the dataset if its rows are complete now, and returns whether they are."""
-    most = args.save_replay_rows + 1 if args.save_replay_rows else None  # readers leave the last row out
-    number, row = divmod(replay.rows - 1, args.save_replay_every)
-    if row + 1 != min(most or math.inf, args.save_replay_every):
-        return False
-    slots = np.arange(replay.rows - 1 - row, replay.rows) % replay.size
-    padding = np.repeat(np.flatnonzero(replay.fields["is_first"][slots]), PADDING)
-    slots = np.insert(slots, padding, -1)[:most]  # -1: a blank row
-    folder = name_source(args, is_new=False)
-    for name, dtype in REPLAY_FILES.items():
-        column = replay.frames if name == "observation" else replay.fields[name]
-        path = folder / f"$store$_{name}_ckpt.{number + 1}.gz"
-        with gzip.open(path.with_suffix(".tmp"), "wb", compresslevel=1) as file:
-            header = {"descr": dtype, "fortran_order": False, "shape": (len(slots), *column.shape[1:])}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in np.array_split(slots, math.ceil(len(slots) / 1000)):  # 7 MB of frames
-                rows = column[part].astype(dtype)
-                rows[part < 0] = 0
-                file.write(rows.tobytes())
-        path.with_suffix(".tmp").replace(path)
-    return True
 
 
 # === files [shared] ===================================================================================================
@@ -683,11 +596,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
+    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False, num_threads=1)
     episodes, most_frames = args.eval_episodes, 4 * args.max_episode_steps
-    env = AtariVectorEnv(game, episodes, max_num_frames_per_episode=most_frames, **options)
-    num_actions, rng = env.single_action_space.n, np.random.default_rng(args.seed)
-    stacks, _ = env.reset(seed=int(rng.integers(2**30)))  # [episodes, 4, 84, 84]
+    envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
+    num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
+    seed = int(rng.integers(2**30))
+    stacks = np.concatenate([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False)
@@ -699,9 +613,12 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
-        stacks, rewards, terminated, truncated, _ = env.step(actions)
+        for i in which:
+            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+        for i in which:
+            (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
+            running[i] = not (terminated or truncated)
         scores[which] += rewards[which]
-        running &= ~(terminated | truncated)
         bar.update(len(which) - running.sum())
     bar.close()
     return scores, frames
@@ -749,145 +666,103 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
 
 
-# === fine-tuning ======================================================================================================
-MAY_CHANGE = "checkpoint replay_dir device compile results overwrite log_every video".split()  # all others must stay
-
-
-def check(args: Args) -> None:
-    """Ends the script if arguments do not go together."""
-    for name in ("batch_size", "n_steps", "eval_episodes", "max_episode_steps", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
-    if not args.n_steps < args.learning_starts < args.total_steps or args.replay_capacity <= args.n_steps:
-        raise SystemExit("Needed: --n-steps < --learning-starts < --total-steps, and --n-steps < --replay-capacity.")
-    if args.encoder == "nature" and args.checkpoint:
-        raise SystemExit("--encoder nature is trained from scratch: leave --checkpoint out.")
-    rows = min(args.save_replay_rows or math.inf, args.save_replay_every)
-    if args.save_replay and (args.total_steps % args.save_replay_every or args.replay_capacity < rows):
-        raise SystemExit(f"--total-steps must be a multiple of --save-replay-every, --replay-capacity at least {rows}.")
-
-
-def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWriter, plain_args: dict, checkpoint: Path):
-    """Plays and learns from the replay's last step on."""
+# === playing and learning [shared] ====================================================================================
+def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWriter) -> Iterator[int]:
+    """Plays and learns, from the replay's last row on. After each step it yields how many have been played."""
     args, device = model.args, model.support.device
-    stops = []  # signals received: the first one ends the run after the step, the same again ends it at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
-    moments = [x for state in model.optimizer.state.values() for x in state.values()]
-    act, update = Graph(model.act, device), Graph(model.update, device, [*model.state_dict().values(), *moments])
-    updates = max(0, int((replay.rows - args.learning_starts) * args.updates_per_step))
+    act, update = Graph(model.act, device), Graph(model.update, device)
+    exploration = [args.learning_starts, args.learning_starts + args.exploration_steps]
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
-    recent, clock = [], time.perf_counter()
-    bar = tqdm(range(replay.rows, args.total_steps), f"rainbow on {args.game}", args.total_steps, initial=replay.rows)
-    bar.set_postfix_str("the first update compiles, about a minute" if args.compile else "")
-    for step in bar:
-        seed_step(args.seed, step)  # a run that is continued draws the same
-        rng = np.random.default_rng([args.seed, step, 1])
-        exploration = [args.learning_starts, args.learning_starts + max(args.exploration_steps, 1)]
+    recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
+    clock = time.perf_counter()
+    for step in range(replay.rows, args.total_steps):
+        seed_step(args.seed, step)  # of the augmentation
+        rng = np.random.default_rng([args.seed, step, 1])  # of the exploration and of the replay's draws
         epsilon = np.interp(step, exploration, [1, args.exploration_final])
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))
         else:
             action = int(act(stacks=env.stack[None]).argmax())
         replay.add(*env.step(action))
-        done = step + 1
-        if env.terminal:
-            writer.add_scalar("charts/episodic_return", env.score, done)
-            writer.add_scalar("charts/episodic_length", len(env.actions), done)
-            bar.set_postfix_str(f"return {env.score:g}")
+        played = step + 1
+        if env.game_over:
+            writer.add_scalar("charts/episodic_return", env.score, played)
+            writer.add_scalar("charts/episodic_length", len(env.actions), played)
             env.reset(env.episode + 1)
 
-        while updates < int((done - args.learning_starts) * args.updates_per_step):
-            beta = np.interp(updates, [0, last_update], [args.importance_exponent, 1])
-            slots, priorities, batch = replay.sample(args.batch_size, rng)
-            weight = (priorities.min() / priorities) ** beta  # w [b]; the tree's priorities have their exponent already
+        # Up to a step so many updates are made in all; --updates-per-step may be a fraction.
+        updates_before = int(max(0, step - args.learning_starts) * args.updates_per_step)
+        updates_after = int(max(0, played - args.learning_starts) * args.updates_per_step)
+        for i in range(updates_before, updates_after):
+            rows, priorities, batch = replay.sample(args.batch_size, rng)
+            beta = np.interp(i, [0, last_update], [args.importance_exponent, 1])
+            weight = (priorities.min() / priorities) ** beta  # w [b]; the priorities have their exponent already
             values = update(**batch, weight=weight.astype(np.float32))
             if not np.isfinite(values).all():
-                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {done}.")
-            cross_entropy, q, target_q = values[2:].reshape(3, -1)
-            replay.set_losses(slots, cross_entropy)
+                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {played}.")
+            cross_entropy, q, target_q = values[2:].reshape(3, -1)  # [b] each
+            replay.set_losses(rows, cross_entropy)
             recent.append([values[0], values[1], q.mean(), target_q.mean()])
-            updates += 1
 
-        if recent and done % args.log_every == 0:
-            rate = len(recent) / args.updates_per_step / (time.perf_counter() - clock)
+        if recent and played % args.log_every == 0:
+            rate = len(recent) / args.updates_per_step / (time.perf_counter() - clock)  # agent steps per second
             scalars = {"charts/SPS": rate, "charts/epsilon": epsilon, "charts/beta": beta}
             names = ("losses/loss", "losses/grad_norm", "losses/q", "losses/target_q")
-            for name, value in (scalars | dict(zip(names, np.mean(recent, 0), strict=True))).items():
-                writer.add_scalar(name, value, done)
-            recent, clock = [], time.perf_counter()
-        recorded = args.save_replay and record(args, replay)
-        if stops or recorded or done % args.save_every == 0 or done == args.total_steps:
-            writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
-            state = {"args": plain_args, "model": model.state_dict()}
-            state |= {"optimizer": model.optimizer.state_dict()["state"], "replay": replay.state_dict()}
-            with whole_file(checkpoint) as temporary:
-                torch.save(state | {"episode": env.episode, "actions": env.actions}, temporary)
-        if stops:
-            raise SystemExit(f"Stopped by a signal after step {done}. To go on: the same command without --overwrite")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+            scalars |= dict(zip(names, np.mean(recent, 0), strict=True))
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, played)
+            recent = []
+            clock = time.perf_counter()
+        yield played  # here the caller shows the progress, and may write a checkpoint
+
+
+# === fine-tuning ======================================================================================================
+MAY_CHANGE = "checkpoint device compile results overwrite log_every video".split()  # once there is a result
 
 
 def finetune(args: Args) -> None:
-    check(args)
-    args.game, device = parse_game(args.game, sorted(SCORES)), torch.device(args.device)
-    torch.set_num_threads(torch.get_num_threads() if args.device == "cpu" else 1)  # idle threads slow other runs
+    expand_user(args)
+    for name in "batch_size n_steps exploration_steps eval_episodes max_episode_steps log_every".split():
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
+    if not args.n_steps < args.learning_starts < args.total_steps:
+        raise SystemExit("Needed: --n-steps < --learning-starts < --total-steps.")
+    args.game = parse_game(args.game, sorted(SCORES))
+    device, precision = set_up_device(args.device, args.precision, args.compile)
+    if device.type != "cpu":
+        torch.set_num_threads(1)  # idle threads would slow other runs
     torch.manual_seed(args.seed)
     backbone, method, facts = make_backbone(args)
-    if args.encoder == "nature":
-        backbone, method = Nature(), args.method or "nature"
     result, plain_args = find_result(args, "rainbow", method, args.game, facts | {"data": "online"})
-    run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
-    checkpoint = run_dir / "checkpoint.pt"
-    frames = args.replay_dir / f"{run_dir.name}.bin" if args.replay_dir else run_dir / "frames.bin"
     if result.exists() and not args.overwrite:
-        if checkpoint.exists() and checkpoint.stat().st_mtime < result.stat().st_mtime:  # killed just after its result
-            frames.unlink(missing_ok=True)
-            checkpoint.unlink()
         return
 
-    continued = checkpoint.exists() and not args.overwrite
-    if continued:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changed = {k: old for k, old in state["args"].items() if k not in MAY_CHANGE and plain_args.get(k) != old}
-        if changed:
-            raise SystemExit(f"{checkpoint} was made with {changed}. Choose another --method, or --overwrite.")
-        if not frames.exists():
-            raise SystemExit(f"{frames} is missing, which {checkpoint} needs. To begin anew: --overwrite")
-    if args.save_replay:
-        name_source(args, is_new=not continued)
-    for path in [] if continued else [result, checkpoint, frames, *run_dir.glob("events.*")]:
-        path.unlink(missing_ok=True)
+    run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
+    for folder in (run_dir, result.parent):
+        make_folder(folder)
+    result.unlink(missing_ok=True)  # from now on, an old result does not count
+    writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
+    with whole_file(run_dir / "args.json") as temporary:
+        temporary.write_text(json.dumps(plain_args, indent=2))
     env = Environment(args)
-    model, replay = Rainbow(args, backbone, env.num_actions, device), Replay(args, frames)
-    if continued:
-        model.load_state_dict(state["model"])
-        model.optimizer.load_state_dict(model.optimizer.state_dict() | {"state": state["optimizer"]})
-        replay.load_state_dict(state["replay"])
-        env.reset(state["episode"])
-        for action in state["actions"]:
-            env.step(action)
-
-    writer = SummaryWriter(run_dir, purge_step=replay.rows + 1)  # hides what was logged after the checkpoint
-    (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
-    table = "".join(f"|{name}|{value}|\n" for name, value in plain_args.items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}", flush=True)
-    train(model, replay, env, writer, plain_args, checkpoint)
+    model = Rainbow(args, Network(args, backbone, env.num_actions), device, precision)
+    compiling = ", the first update compiles for about a minute" if args.compile else ""
+    print(f"{run_dir}: {args.total_steps:,} agent steps{compiling}", flush=True)
+    bar = tqdm(train(model, Replay(args), env, writer), "fine-tuning", args.total_steps, unit="step", **BAR)
+    for _ in bar:
+        bar.set_postfix_str(f"score {env.score:g}", refresh=False)
 
     # The score of the target network, which has been the player in training, too
-    parts = ("neck", "head") if model.frozen else ("backbone", "neck", "head")
-    torch.save({part: getattr(model.target, part).state_dict() for part in parts}, run_dir / "policy.pt")
-    act = Graph(model.eval().act, device)
+    parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
+    with whole_file(run_dir / "policy.pt") as temporary:
+        torch.save({part: getattr(model.target, part).state_dict() for part in parts}, temporary)
+    act = Graph(model.act, device)
     scores, film = play_episodes(args.game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
     save_result(result, args.game, scores, plain_args)
     if args.video:
         save_gif(run_dir / "episode.gif", film)
-    for path in (frames, checkpoint):  # gigabytes that nobody needs once there is a result
-        path.unlink()
 
 
 if __name__ == "__main__":

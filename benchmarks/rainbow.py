@@ -1,8 +1,9 @@
-"""Speed of finetune_rainbow.py against the plain way of doing the same, in turns on the same machine.
+"""Speed of Rainbow against the plain way of doing the same, in turns on the same machine.
 
     python benchmarks/rainbow.py            all parts; appends the figures to benchmarks/rainbow.json
-    python benchmarks/rainbow.py resnet     the frozen full ResNet-50; on CUDA one run alone, then six at once
-    python benchmarks/rainbow.py nature     the Nature CNN; on CUDA an update every fourth agent step
+    python benchmarks/rainbow.py resnet     finetune_rainbow.py, frozen ResNet-50; on CUDA one run, then six at once
+    python benchmarks/rainbow.py nature     record_replay.py; on CUDA an update every fourth agent step
+    python benchmarks/rainbow.py draws      a draw from 50,000 priorities and their update, array against tree of sums
 
 Ours is the script itself, timed by its TensorBoard entries. The plain way is below: everything eager and in fp32, a
 pass through the backbone for each of three uses, the target distribution sample by sample, and a replay of the
@@ -27,14 +28,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ON_GPU = DEVICE.type == "cuda"
 ROUNDS = 2 if ON_GPU else 3
-NATURE = ["--game", "freeway", "--encoder", "nature", "--learning-starts", "100"]
-SETTINGS = {  # arguments; timed are the agent steps from the first number to the second, in steps of the third
-    "resnet": (["--game", "pong", "--learning-starts", "20", "--updates-per-step", "1"], 21, 24, 1),
-    "nature": ([*NATURE, "--updates-per-step", "1"], 110, 150, 10),
+LAST = {"resnet": 1000, "nature": 5000} if ON_GPU else {"resnet": 24, "nature": 150}  # agent steps of a run
+SCRIPTS = {"resnet": "finetune_rainbow", "nature": "record_replay"}
+RESNET = ["--game", "pong", "--total-steps", str(LAST["resnet"]), "--eval-episodes", "1"]
+NATURE = ["--game", "freeway", "--total-steps", str(LAST["nature"]), "--steps-per-checkpoint", str(LAST["nature"])]
+NATURE += ["--data-dir", "data", "--rows-per-checkpoint", "0", "--replay-capacity", "10000", "--learning-starts", "100"]
+SETTINGS = {  # arguments; timed are the agent steps from the first number on, in steps of the second
+    "resnet": ([*RESNET, "--learning-starts", "20", "--updates-per-step", "1"], 21, 1),
+    "nature": ([*NATURE, "--updates-per-step", "1"], 110, 10),
 }
 if ON_GPU:
-    SETTINGS["resnet"] = (["--game", "pong", "--learning-starts", "200", "--updates-per-step", "2"], 300, 1000, 50)
-    SETTINGS["nature"] = ([*NATURE, "--updates-per-step", "0.25"], 500, 5000, 100)
+    SETTINGS["resnet"] = ([*RESNET, "--learning-starts", "200", "--updates-per-step", "2"], 300, 50)
+    SETTINGS["nature"] = ([*NATURE, "--updates-per-step", "0.25"], 500, 100)
 
 
 # === the plain way ====================================================================================================
@@ -91,17 +96,19 @@ class PlainReplay:
         return indices, weights / weights.max(), (*batch, self.next_obs[indices], self.dones[indices])
 
 
-def plain(module, args, last: int, every: int) -> list:
+def plain(setting: str) -> list:
     """Agent steps, every so many, and the times at which they were done"""
     torch.manual_seed(0)
-    backbone = module.Nature() if args.encoder == "nature" else module.ResNet(args.width_multiplier, args.blocks)
+    module, (arguments, _, every) = load(SCRIPTS[setting]), SETTINGS[setting]
+    args = module.tyro.cli(module.Args, args=[*arguments, "--device", DEVICE.type])
     env = module.Environment(args)
-    online = module.Network(args, backbone.requires_grad_(args.encoder == "nature"), env.num_actions).to(DEVICE)
+    backbone = [module.make_backbone(args)[0]] if setting == "resnet" else []
+    online = module.Network(args, *backbone, env.num_actions).to(DEVICE)
     target = module.copy.deepcopy(online).requires_grad_(False)
     parameters = [parameter for parameter in online.parameters() if parameter.requires_grad]
     averages = [q for p, q in zip(online.parameters(), target.parameters(), strict=True) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps)
-    replay = PlainReplay(args.replay_capacity, args.n_steps, args.discount)
+    replay = PlainReplay(10_000, args.n_steps, args.discount)
     support = torch.linspace(-args.max_return, args.max_return, args.atoms, device=DEVICE)
     spacing = support[1] - support[0]
     rng, updates, times = np.random.default_rng(0), 0, []
@@ -109,7 +116,7 @@ def plain(module, args, last: int, every: int) -> list:
     def logits(network, stacks):
         return network(network.backbone(stacks))
 
-    for step in range(1, last + 1):
+    for step in range(1, args.total_steps + 1):
         stack = env.stack
         if step <= args.learning_starts:
             action = int(rng.integers(env.num_actions))
@@ -117,9 +124,9 @@ def plain(module, args, last: int, every: int) -> list:
             with torch.no_grad():
                 q = (logits(target, torch.from_numpy(stack[None]).to(DEVICE) / 255).softmax(-1) * support).sum(-1)
             action = int(q.argmax())
-        _, _, reward, _, ends, _ = env.step(action)
-        replay.add(stack, action, np.sign(reward), env.stack, ends)
-        if env.terminal:
+        _, _, reward, _, life_over, _ = env.step(action)
+        replay.add(stack, action, np.sign(reward), env.stack, life_over)
+        if env.game_over:
             env.reset(env.episode + 1)
         while updates < int((step - args.learning_starts) * args.updates_per_step):
             indices, weights, batch = replay.sample(args.batch_size, 0.4, rng)
@@ -155,20 +162,19 @@ def plain(module, args, last: int, every: int) -> list:
 
 # === measuring ========================================================================================================
 def start(setting: str, way: str, folder: str) -> subprocess.Popen:
-    arguments, _, last, every = SETTINGS[setting]
-    arguments = [*arguments, "--total-steps", str(last), "--device", DEVICE.type, "--replay-capacity", "10000"]
-    command = [sys.executable, __file__, "--plain", str(last), str(every), *arguments]
+    arguments, _, every = SETTINGS[setting]
+    command = [sys.executable, __file__, "--plain", setting]
     if way == "ours":
-        quick = f"""--log-every {every} --eval-episodes 1 --max-episode-steps {last + 1} --exploration-steps 0
-            --exploration-final 0""".split()
-        command = [sys.executable, str(ROOT / "finetune_rainbow.py"), *arguments, *quick]
+        command = [sys.executable, str(ROOT / f"{SCRIPTS[setting]}.py"), *arguments, "--device", DEVICE.type]
+        command += ["--log-every", str(every), "--max-episode-steps", str(LAST[setting] + 1)]
+        command += ["--exploration-steps", "1", "--exploration-final", "0"]
     with open(Path(folder, "log"), "w") as log:
         return subprocess.Popen(command, cwd=folder, env=os.environ | ALLOCATOR, stdout=log, stderr=subprocess.STDOUT)
 
 
 def steps_per_second(setting: str, way: str, runs: int) -> dict[str, float]:
     """Agent steps per second of so many runs at once, taken together, while all of them train"""
-    _, first, _, _ = SETTINGS[setting]
+    _, first, _ = SETTINGS[setting]
     with tempfile.TemporaryDirectory() as top:
         folders = [tempfile.mkdtemp(dir=top) for _ in range(runs)]
         processes = [start(setting, way, folder) for folder in folders]
@@ -190,8 +196,36 @@ def steps_per_second(setting: str, way: str, runs: int) -> dict[str, float]:
     return {"steps per second": steps / (ends - begins)}
 
 
+def seconds_of_draws() -> dict[str, dict[str, list[float]]]:
+    """Seconds of a draw of 32 and of their new priorities: of fine-tuning's array and of the recorder's tree"""
+    replays = {}
+    for name, of_its_own in (("finetune_rainbow", {}), ("record_replay", {"data_dir": Path("data")})):
+        module = load(name)
+        args = module.Args("pong", **of_its_own)
+        args.replay_capacity = 100_000  # of the tree
+        replay = module.Replay(args)
+        for _ in range(50_000):
+            replay.add(0, 0, 0, False, False, False)
+        replays[name] = replay
+        module.make_batch = lambda *_: {}  # which both have
+    rng = np.random.default_rng(0)
+
+    def draw(replay) -> dict[str, float]:
+        for _ in range(3000):
+            rows, _, _ = replay.sample(32, rng)
+            replay.set_losses(rows, rng.exponential(2, 32))
+        clock = time.perf_counter()
+        for _ in range(3000):
+            rows, _, _ = replay.sample(32, rng)
+            replay.set_losses(rows, rng.exponential(2, 32))
+        return {"seconds": (time.perf_counter() - clock) / 3000}
+
+    ways = {"array": partial(draw, replays["finetune_rainbow"]), "tree": partial(draw, replays["record_replay"])}
+    return take_turns(ways, ROUNDS)
+
+
 def main(parts: list[str]) -> None:
-    parts = parts or ["resnet", "nature"]
+    parts = parts or ["resnet", "nature", "draws"]
     begin(__doc__.partition("\n")[0], ROUNDS)
     figures, rows = {}, []
     for name in [name for name in SETTINGS if name in parts]:
@@ -204,13 +238,17 @@ def main(parts: list[str]) -> None:
             factor = updates if name == "resnet" else 1
             cells = [shown([factor * rate for rate in way]) for way in rates]
             rows.append([f"{name}, {runs} at once", unit, *cells, f"{median(rates[0]) / median(rates[1]):.2f}"])
-    table("Speed", ["", "unit", "ours", "plain", "ours / plain"], rows)
+    if rows:
+        table("Speed", ["", "unit", "ours", "plain", "ours / plain"], rows)
+    if "draws" in parts:
+        found = figures["draws"] = seconds_of_draws()
+        rows = [[way, shown([1e6 * seconds for seconds in of["seconds"]])] for way, of in found.items()]
+        table("A draw of 32 from 50,000 priorities and their update", ["", "microseconds"], rows)
     record("rainbow", figures)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain"]:
-        module, (last, every) = load("finetune_rainbow"), map(int, sys.argv[2:4])
-        print(json.dumps(plain(module, module.tyro.cli(module.Args, args=sys.argv[4:]), last, every)))
+        print(json.dumps(plain(sys.argv[2])))
     else:
         main(sys.argv[1:])

@@ -153,12 +153,16 @@ def test_norm(channels, side, dtype, tolerance):
 
 # === Rainbow ==========================================================================================================
 @pytest.mark.parametrize(
-    "arguments",
-    [{"compile": True}, {"compile": False, "freeze_backbone": False}, {"compile": True, "encoder": "nature"}],
+    ("script", "arguments"),
+    [
+        ("finetune_rainbow.py", {"compile": True}),
+        ("finetune_rainbow.py", {"compile": False, "freeze_backbone": False}),
+        ("record_replay.py", {"compile": True, "data_dir": Path("data")}),
+    ],
 )
-def test_rainbow_in_graphs_is_rainbow_without(arguments):
+def test_rainbow_in_graphs_is_rainbow_without(script, arguments):
     """Losses, priorities and actions of 20 updates with random numbers of their own, and then the weights."""
-    module = load("finetune_rainbow.py")
+    module = load(script)
     args = module.Args(game="pong", **arguments)
     rng, b = np.random.default_rng(0), args.batch_size
     batch = {"frames": rng.integers(0, 256, (2 * b, 4, 84, 84), np.uint8), "is_first": rng.random((2 * b, 4)) < 0.1}
@@ -167,11 +171,10 @@ def test_rainbow_in_graphs_is_rainbow_without(arguments):
     found = []
     for in_graphs in (True, False):
         torch.manual_seed(0)
-        backbone = module.Nature() if args.encoder == "nature" else module.make_backbone(args)[0]
-        model = module.Rainbow(args, backbone, 6, DEVICE)
-        moments = [x for state in model.optimizer.state.values() for x in state.values()]
-        update = module.Graph(model.update, DEVICE, [*model.state_dict().values(), *moments])
-        act = module.Graph(model.act, DEVICE)
+        backbone = [module.make_backbone(args)[0]] if script == "finetune_rainbow.py" else []
+        _, precision = module.set_up_device("cuda", args.precision, args.compile)
+        model = module.Rainbow(args, module.Network(args, *backbone, 6), DEVICE, precision)
+        update, act = module.Graph(model.update, DEVICE), module.Graph(model.act, DEVICE)
         values = []
         for step in range(20):
             torch.manual_seed(step)

@@ -3,6 +3,8 @@
 The oracle is gymnasium's Atari environment with its own preprocessing (OpenCV's area interpolation) and frame stack.
 """
 
+import os
+
 import ale_py
 import gymnasium
 import numpy as np
@@ -53,7 +55,7 @@ def values_of(actions: np.ndarray) -> np.ndarray:
 
 
 def spy(module, monkeypatch) -> list:
-    """Makes the module's environments note themselves, their options and the actions of every step."""
+    """Makes the module's environments, one for each episode, note themselves, their options and their actions."""
     made = []
 
     class Spy(module.AtariVectorEnv):
@@ -62,9 +64,9 @@ def spy(module, monkeypatch) -> list:
             self.options, self.actions = options, []
             made.append(self)
 
-        def step(self, actions):
-            self.actions.append(actions.copy())
-            return super().step(actions)
+        def send(self, actions):
+            self.actions.append(int(actions[0]))
+            super().send(actions)
 
     monkeypatch.setattr(module, "AtariVectorEnv", Spy)
     return made
@@ -110,8 +112,9 @@ def test_frames_are_those_of_gymnasium(bc, monkeypatch, game):
 
 
 @pytest.mark.parametrize(("game", "episodes", "max_steps"), [("breakout", 4, 200), ("ms_pacman", 3, 27_000)])
-def test_every_episode_counts_once(bc, game, episodes, max_steps):
-    """Scores, what the policy is asked, and the frames are those of the episodes played one by one."""
+def test_every_episode_counts_once(bc, monkeypatch, game, episodes, max_steps):
+    """Scores, what the policy is asked, and the frames are those of the episodes played one by one. No more is played:
+    an environment stands still when its episode is over."""
     seed = 7
     first = int(np.random.default_rng(seed).integers(2**30))  # consecutive seeds, from here on, draw the no-ops
     options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False)
@@ -141,7 +144,7 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     else:
         assert largest > 1  # it is raw points that are added up
 
-    calls, last, actions = [], [], int(env.action_space.n)
+    calls, last, actions, made = [], [], int(env.action_space.n), spy(bc, monkeypatch)
 
     def act(stacks, which, action, reward):
         calls.append(stacks.copy())
@@ -150,6 +153,7 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
 
     found, frames = play(bc, game, act, episodes, max_steps, 0, seed)
     assert found.tolist() == scores
+    assert [len(env.actions) for env in made] == lengths
     assert len(calls) == max(lengths)
     for step, stacks in enumerate(calls):  # asked of the running episodes alone
         np.testing.assert_array_equal(stacks, [stacks[step] for stacks in played if step < len(stacks)])
@@ -163,6 +167,50 @@ def test_every_episode_counts_once(bc, game, episodes, max_steps):
     assert not calls[0][:, :3].any()
     assert calls[0][:, 3].any((1, 2)).all()
     np.testing.assert_array_equal(frames, [stack[-1] for stack in played[0][:1800]])  # two minutes at most
+
+
+def test_episodes_are_those_of_one_vector_environment(bc):
+    """The random actions, too: the plain way steps all episodes until the last one ends."""
+    seed, episodes, max_steps, epsilon = 3, 8, 160, 0.3
+    options = dict(noop_max=30, use_fire_reset=False, reward_clipping=False, max_num_frames_per_episode=4 * max_steps)
+    env, rng = bc.AtariVectorEnv("breakout", episodes, **options), np.random.default_rng(seed)
+    stacks, _ = env.reset(seed=int(rng.integers(2**30)))
+    scores, running, steps = np.zeros(episodes), np.full(episodes, True), []
+    while running.any():
+        steps.append((running.copy(), stacks[running].copy()))
+        random, values = rng.integers(4, size=episodes), pixel_sum(stacks, 4)
+        stacks, rewards, terminated, truncated, _ = env.step(np.where(rng.random(episodes) < epsilon, random, values))
+        scores += rewards * running
+        running &= ~(terminated | truncated)
+    assert len({int(running.sum()) for running, _ in steps}) > 2  # episodes of different lengths
+    assert len(set(scores)) > 2
+
+    calls = []
+
+    def act(stacks, which, *_):
+        calls.append((which, stacks))
+        return values_of(pixel_sum(stacks, 4))
+
+    found, _ = play(bc, "breakout", act, episodes, max_steps, epsilon, seed)
+    assert found.tolist() == scores.tolist()
+    assert len(calls) == len(steps)
+    for (which, stacks), (running, expected) in zip(calls, steps, strict=True):
+        assert which.tolist() == running.nonzero()[0].tolist()
+        np.testing.assert_array_equal(stacks, expected)
+
+
+def test_an_evaluation_leaves_no_threads(bc):
+    """Zero-shot play evaluates 50 games in one process."""
+    threads = len(os.listdir("/proc/self/task"))
+    most = []
+
+    def act(stacks, *_):
+        most.append(len(os.listdir("/proc/self/task")))
+        return values_of(np.zeros(len(stacks), int))
+
+    play(bc, "pong", act, episodes=5, max_steps=3, epsilon=0, seed=0)
+    assert max(most) >= threads + 5
+    assert len(os.listdir("/proc/self/task")) <= threads
 
 
 def test_play_stops_at_max_steps(bc):
@@ -183,7 +231,7 @@ def test_random_actions_are_all_of_the_games(bc, monkeypatch):
     made = spy(bc, monkeypatch)
     act = lambda stacks, *_: values_of(np.full(len(stacks), 4))  # noqa: E731
     play(bc, "boxing", act, episodes=4, max_steps=180, epsilon=1, seed=0)
-    counts = np.bincount(np.concatenate(made[0].actions), minlength=18)
+    counts = np.bincount([action for env in made for action in env.actions], minlength=18)
     assert counts.sum() == 4 * 180
     assert len(counts) == 18
     assert counts.min() > 15  # 40 expected, a standard deviation is about 6
@@ -199,13 +247,14 @@ def test_epsilon_is_the_probability_of_a_random_action(bc, monkeypatch):
 
     play(bc, "boxing", act, episodes=2, max_steps=100, epsilon=0, seed=0)
     assert sum(len(which) for which, _ in asked) == 2 * 100
-    assert (np.concatenate(made[0].actions) == 4).all()  # nothing else was ever played
+    assert {action for env in made for action in env.actions} == {4}  # nothing else was ever played
 
     asked.clear()
+    made.clear()
     play(bc, "boxing", act, episodes=4, max_steps=180, epsilon=0.25, seed=0)
-    actions = np.concatenate(made[1].actions)
+    actions = np.array([action for env in made for action in env.actions])
     told = [action[which == 0] for which, action in asked[1:]]  # of the last step, the drawn actions too
-    assert np.concatenate(told).tolist() == [step[0] for step in made[1].actions[: len(told)]]
+    assert np.concatenate(told).tolist() == made[0].actions[: len(told)]
     assert 0.7 < (actions == 4).mean() < 0.83
     assert set(actions) == set(range(18))
 
@@ -223,4 +272,4 @@ def test_actions_that_a_game_lacks_are_never_taken(bc, monkeypatch):
     """However large their values are: of 18, a game with 6 uses the first 6."""
     made = spy(bc, monkeypatch)
     play(bc, "pong", lambda stacks, *_: np.tile(np.arange(18.0), (len(stacks), 1)), 2, 50, 0, 0)
-    assert (np.concatenate(made[0].actions) == 5).all()
+    assert [env.actions for env in made] == 2 * [50 * [5]]

@@ -366,21 +366,23 @@ def test_actions_that_the_game_does_not_have(no_play, tmp_path):
 
 
 class LongGame:
-    """Environments whose episodes last 2,000 steps, and take no time."""
+    """An environment whose episode lasts 2,000 steps, and takes no time."""
 
     single_action_space = bc.AtariVectorEnv("pong", 1).single_action_space
 
-    def __init__(self, game, episodes, **_):
-        self.episodes, self.step_number = episodes, 0
+    def __init__(self, *_, **options):
+        self.step_number = 0
 
     def reset(self, seed):
-        return np.zeros((self.episodes, 4, 84, 84), np.uint8), {}
+        return np.zeros((1, 4, 84, 84), np.uint8), {}
 
-    def step(self, actions):
+    def send(self, actions):
         self.step_number += 1
-        stacks = np.full((self.episodes, 4, 84, 84), self.step_number % 256, np.uint8)
-        done = np.full(self.episodes, self.step_number == 2000)
-        return stacks, np.ones(self.episodes), done, np.zeros_like(done), {}
+
+    def recv(self):
+        stacks = np.full((1, 4, 84, 84), self.step_number % 256, np.uint8)
+        done = np.full(1, self.step_number == 2000)
+        return stacks, np.ones(1), done, np.zeros_like(done), {}
 
 
 def test_a_film_ends_after_two_minutes(monkeypatch):

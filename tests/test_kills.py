@@ -25,12 +25,14 @@ PLAY = ("--eval-episodes", 2, "--max-episode-steps", 60)
 ATC = (*SMALL, *EXACT, "--play-rows", 80, "--games", "pong", "--batch-size", 4, "--eval-every", 3, "--save-every", 1)
 ATC += ("--resume", "--total-steps", 6)
 BC = ("--game", "pong", *SMALL, *EXACT, *PLAY, "--play-rows", 80, "--batch-size", 16, "--epochs", 3)
-RAINBOW = ("--game", "pong", *SMALL, *EXACT, *PLAY, "--learning-starts", 20, "--updates-per-step", 0.25)
-RAINBOW += ("--batch-size", 8, "--replay-capacity", 60, "--save-every", 1, "--total-steps", 60)
+LEARN = (*EXACT, "--learning-starts", 20, "--updates-per-step", 0.25, "--batch-size", 8, "--total-steps", 60)
+RECORD = ("--data-dir", "data", "--steps-per-checkpoint", 20, "--rows-per-checkpoint", 0, "--replay-capacity", 60)
+RECORD += ("--max-episode-steps", 25, "--save-every", 1)
 COMMANDS = {  # which, given again, go on or begin again
     "pretrain_atc.py": ATC,
     "finetune_bc.py": BC,
-    "finetune_rainbow.py": (*RAINBOW, "--save-replay", "data", "--save-replay-every", 20),
+    "finetune_rainbow.py": ("--game", "pong", *SMALL, *PLAY, *LEARN),
+    "record_replay.py": ("--game", "pong", *RECORD, *LEARN),
 }
 STARTED = []  # processes
 
@@ -181,7 +183,8 @@ def undisturbed(tmp_path_factory):
         ("pretrain_atc.py", 1),
         ("finetune_bc.py", 0),
         ("finetune_rainbow.py", 0),
-        ("finetune_rainbow.py", 1),
+        ("record_replay.py", 0),
+        ("record_replay.py", 1),
     ],
 )
 def test_killed_at_ten_moments_and_started_again(script, half, undisturbed, tmp_path):

@@ -89,8 +89,8 @@ def test_make_in_a_folder_with_a_space_and_after_an_old_python(tmp_path):
     python.chmod(0o755)
 
     def make(target: str, version: str) -> subprocess.CompletedProcess:
-        command = ["make", f"PYTHON={python}", target]
-        return subprocess.run(command, cwd=folder, env=os.environ | {"VERSION": version}, capture_output=True, text=True)
+        options = dict(cwd=folder, env=os.environ | {"VERSION": version}, capture_output=True, text=True)
+        return subprocess.run(["make", f"PYTHON={python}", target], **options)
 
     done = make("quickstart", "3, 10")
     assert done.returncode != 0 and "Python 3.11 or later is needed" in done.stderr
@@ -127,9 +127,25 @@ def test_every_flag_has_a_help_text(script):
 def test_performance_tells_of_every_benchmark():
     page = (ROOT / "docs" / "performance.md").read_text()
     (parts,) = re.findall(r"for part in ([\w ]+);", (ROOT / "Makefile").read_text())
-    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "rainbow_learning", "study"}
+    others = {"common", "players", "rainbow_learning", "study"}
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - others
     assert set(parts.split()) == files
     assert all(f"`python benchmarks/{part}.py`" in page for part in files)
+
+
+@pytest.mark.parametrize("target", ["quickstart", "table"])
+def test_make_sets_the_allocator(target, tmp_path):
+    """Every script that these targets start has its settings."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$MALLOC_MMAP_MAX_ $MALLOC_TRIM_THRESHOLD_" >> {tmp_path}/started\n')
+    python.chmod(0o755)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "installed").touch()
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "MAKE"))}
+    subprocess.run(["make", "-f", ROOT / "Makefile", target], cwd=tmp_path, env=bare, check=True, capture_output=True)
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) > 15 and set(started) == {f"0 {2**34}"}
 
 
 def test_games_are_the_benchmarks():
@@ -206,17 +222,24 @@ def test_defaults_of_rainbow_are_the_papers():
     assert (args.total_steps, args.learning_starts, args.updates_per_step, args.batch_size) == (50_000, 2_000, 2, 32)
     assert (args.learning_rate, args.adam_eps, args.max_grad_norm, args.target_momentum) == (1e-4, 1.5e-4, 10, 0.99)
     assert (args.discount, args.n_steps, args.atoms, args.max_return) == (0.99, 10, 51, 10)
-    assert (args.replay_capacity, args.priority_exponent, args.importance_exponent) == (100_000, 0.5, 0.4)
+    assert (args.priority_exponent, args.importance_exponent) == (0.5, 0.4)
     assert (args.exploration_steps, args.exploration_final) == (10_000, 0.01)
     assert (args.episodic_life, args.repeat_action_probability, args.freeze_backbone) == (True, 0, True)
     assert (args.eval_episodes, args.max_episode_steps, args.epsilon) == (100, 27_000, 0.001)
-    assert (args.save_replay_every, args.save_replay_rows, args.encoder) == (1_000_000, 0, "resnet")
+    recorder = load("record_replay.py").Args("klax", None)  # of the far-OOD games
+    of_its_own = {"total_steps": 2_000_000, "learning_starts": 20_000, "updates_per_step": 1, "seed": 1}
+    of_its_own |= {"exploration_steps": 1_000_000, "exploration_final": 0.02, "precision": "fp32"}
+    for name in vars(args).keys() & vars(recorder).keys() - {"game"}:
+        assert getattr(recorder, name) == of_its_own.get(name, getattr(args, name)), name
+    assert (recorder.replay_capacity, recorder.steps_per_checkpoint) == (1_000_000, 1_000_000)
+    assert recorder.rows_per_checkpoint == 50_000
 
 
 MOST_LINES = dict.fromkeys(("atc", "curl", "bc", "idm", "r3m", "cql", "spr"), 665)
 MOST_LINES |= dict.fromkeys(("mae", "siammae", "dt", "spr_idm"), 765)
 MOST_LINES = {f"pretrain_{objective}.py": lines for objective, lines in MOST_LINES.items()}
-MOST_LINES |= {"finetune_rainbow.py": 865, "finetune_bc.py": 615, "eval_probe.py": 615, "eval_zeroshot.py": 465}
+MOST_LINES |= {"finetune_rainbow.py": 765, "record_replay.py": 675}
+MOST_LINES |= {"finetune_bc.py": 615, "eval_probe.py": 615, "eval_zeroshot.py": 465}
 
 
 @pytest.mark.parametrize("script", MOST_LINES)

@@ -22,7 +22,8 @@ from conftest import load
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
-atc, rainbow, iqm = load("pretrain_atc.py"), load("finetune_rainbow.py"), load("eval_iqm.py")
+atc, iqm = load("pretrain_atc.py"), load("eval_iqm.py")
+rainbow, recorder = load("finetune_rainbow.py"), load("record_replay.py")
 
 
 def examples(count: int) -> settings:
@@ -256,8 +257,8 @@ class Row(NamedTuple):
     action: int
     reward: float
     is_first: bool
-    ends: bool
-    terminal: bool
+    life_over: bool
+    game_over: bool
 
 
 class Moment(NamedTuple):
@@ -270,13 +271,17 @@ class Moment(NamedTuple):
 
     def live(self) -> list[int]:
         """The rows that can be drawn."""
-        oldest = len(self.played) - self.args.replay_capacity
+        oldest = len(self.played) - getattr(self.args, "replay_capacity", math.inf)
         return [i for i in self.losses if i >= oldest]
 
     def rows_of(self, slots: np.ndarray) -> list[int]:
         """The latest row in each slot."""
         last = len(self.played) - 1
-        return [last - (last - int(slot)) % self.replay.size for slot in slots]
+        return [last - (last - int(slot)) % len(self.replay.frames) for slot in slots]
+
+    def priorities(self) -> np.ndarray:
+        """Of each slot"""
+        return self.replay.tree.levels[0] if isinstance(self.replay, recorder.Replay) else self.replay.priorities
 
 
 def future(played: list[Row], i: int, n: int, discount: float) -> tuple[float, bool, int] | None:
@@ -286,23 +291,24 @@ def future(played: list[Row], i: int, n: int, discount: float) -> tuple[float, b
         if i + k == len(played):
             return None
         value += discount**k * ((played[i + k].reward > 0) - (played[i + k].reward < 0))
-        if played[i + k].ends:
+        if played[i + k].life_over:
             return value, True, i
     return (value, False, i + n) if i + n < len(played) else None
 
 
 @st.composite
 def plays(draw) -> tuple[object, list[Row], int, int]:
-    """Arguments of a small replay, what is played into it, how often it is sampled from, and a seed for the draws."""
+    """Arguments of a small replay, what is played into it, how often it is sampled from, and a seed for the draws.
+
+    It holds all that is played, as in fine-tuning, or the latest rows, as in recording.
+    """
     n_steps = draw(st.integers(1, 6))
-    args = rainbow.Args(
-        "pong",
-        n_steps=n_steps,
-        replay_capacity=n_steps + draw(st.integers(1, 30)),
-        save_every=draw(st.integers(1, 9)),
-        discount=draw(st.floats(0, 1)),
-        priority_exponent=draw(st.floats(0, 1)),
-    )
+    options = dict(n_steps=n_steps, discount=draw(st.floats(0, 1)), priority_exponent=draw(st.floats(0, 1)))
+    if draw(st.booleans()):
+        args = rainbow.Args("pong", total_steps=120, **options)
+    else:
+        sizes = dict(replay_capacity=n_steps + draw(st.integers(1, 30)), save_every=draw(st.integers(1, 9)))
+        args = recorder.Args("pong", Path("data"), **sizes, **options)
     steps = st.tuples(st.integers(-300, 300), st.integers(0, 17), st.sampled_from(["go on"] * 8 + ["life", "game"]))
     played, starts = [], True
     count = draw(st.integers(2, 120))  # lists are short if it is left to them
@@ -313,10 +319,11 @@ def plays(draw) -> tuple[object, list[Row], int, int]:
     return args, played, draw(st.integers(1, 25)), draw(st.integers(0, 2**32))
 
 
-def moments(play: tuple, folder: str) -> Iterator[Moment]:
+def moments(play: tuple) -> Iterator[Moment]:
     """Plays the rows and learns from them: all moments at which something can be drawn and it is time to."""
     args, rows, every, seed = play
-    replay, rng = rainbow.Replay(args, Path(folder, "frames.bin")), np.random.default_rng(seed)
+    replay = (rainbow if isinstance(args, rainbow.Args) else recorder).Replay(args)
+    rng = np.random.default_rng(seed)
     now, greatest = Moment(replay, args, [], {}), 1.0
     for row in rows:
         replay.add(*row)
@@ -332,54 +339,51 @@ def moments(play: tuple, folder: str) -> Iterator[Moment]:
             replay.set_losses(slots, losses)
             now.losses.update(zip(now.rows_of(slots), losses.tolist(), strict=True))
             greatest = max(greatest, float(losses.max()))
-    event(f"wraps around {len(rows) // replay.size} times")
+    event(f"wraps around {len(rows) // len(replay.frames)} times")
 
 
 @examples(100)
 @given(plays())
 def test_rows_have_the_priority_of_their_last_loss(play):
     """Rows of a known future, up to the capacity: their last loss, or else the greatest then, by the exponent."""
-    with tempfile.TemporaryDirectory() as folder:
-        for now in moments(play, folder):
-            expected = np.zeros(len(now.replay.tree.levels[0]))
-            for i in now.live():
-                expected[i % now.replay.size] = now.losses[i] ** now.args.priority_exponent
-            np.testing.assert_allclose(now.replay.tree.levels[0], expected, rtol=1e-12)
-            slots, probabilities, _ = now.replay.sample(16, np.random.default_rng(0))
-            np.testing.assert_allclose(probabilities, expected[slots], rtol=1e-12)  # of which the weights are made
-            assert probabilities.min() > 0
+    for now in moments(play):
+        expected = np.zeros(len(now.priorities()))
+        for i in now.live():
+            expected[i % len(now.replay.frames)] = now.losses[i] ** now.args.priority_exponent
+        np.testing.assert_allclose(now.priorities(), expected, rtol=1e-12)
+        slots, probabilities, _ = now.replay.sample(16, np.random.default_rng(0))
+        np.testing.assert_allclose(probabilities, expected[slots], rtol=1e-12)  # of which the weights are made
+        assert probabilities.min() > 0
 
 
 @examples(100)
 @given(plays())
 def test_samples_are_the_n_steps_that_were_played(play):
     """Action, n-step return, done flag and both stacks of a sample follow from the rows played, by the definition."""
-    with tempfile.TemporaryDirectory() as folder:
-        for now in moments(play, folder):
-            slots, _, batch = now.replay.sample(8, np.random.default_rng(len(now.played)))
-            stacks = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"]))
-            frames, is_first = [row.frame for row in now.played], [row.is_first for row in now.played]
-            for j, i in enumerate(now.rows_of(slots)):
-                value, done, later = future(now.played, i, now.args.n_steps, now.args.discount)
-                assert batch["action"][j] == now.played[i].action
-                assert batch["done"][j] == done
-                assert batch["n_step_return"][j] == pytest.approx(value, rel=1e-6, abs=1e-6)
-                np.testing.assert_array_equal(stacks[j, 0], plain_stack(frames, is_first, i))
-                np.testing.assert_array_equal(stacks[8 + j, 0], plain_stack(frames, is_first, later))
+    for now in moments(play):
+        slots, _, batch = now.replay.sample(8, np.random.default_rng(len(now.played)))
+        stacks = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"]))
+        frames, is_first = [row.frame for row in now.played], [row.is_first for row in now.played]
+        for j, i in enumerate(now.rows_of(slots)):
+            value, done, later = future(now.played, i, now.args.n_steps, now.args.discount)
+            assert batch["action"][j] == now.played[i].action
+            assert batch["done"][j] == done
+            assert batch["n_step_return"][j] == pytest.approx(value, rel=1e-6, abs=1e-6)
+            np.testing.assert_array_equal(stacks[j, 0], plain_stack(frames, is_first, i))
+            np.testing.assert_array_equal(stacks[8 + j, 0], plain_stack(frames, is_first, later))
 
 
 @examples(100)
 @given(plays(), st.integers(1, 32))
 def test_every_part_of_the_sum_of_priorities_has_one_sample(play, batch_size):
     """Of b samples, the j-th is a row whose share of the priorities' sum meets the j-th of b equal parts."""
-    with tempfile.TemporaryDirectory() as folder:
-        for now in moments(play, folder):
-            slots, _, _ = now.replay.sample(batch_size, np.random.default_rng(1))
-            ends = now.replay.tree.levels[0].cumsum()
-            ends /= ends[-1]
-            begins = np.concatenate([[0], ends[:-1]])
-            assert (begins[slots] <= (np.arange(batch_size) + 1) / batch_size + 1e-12).all()
-            assert (ends[slots] >= np.arange(batch_size) / batch_size - 1e-12).all()
+    for now in moments(play):
+        slots, _, _ = now.replay.sample(batch_size, np.random.default_rng(1))
+        ends = now.priorities().cumsum()
+        ends /= ends[-1]
+        begins = np.concatenate([[0], ends[:-1]])
+        assert (begins[slots] <= (np.arange(batch_size) + 1) / batch_size + 1e-12).all()
+        assert (ends[slots] >= np.arange(batch_size) / batch_size - 1e-12).all()
 
 
 # === the tree of sums =================================================================================================
@@ -402,7 +406,7 @@ def priorities(draw, elements: st.SearchStrategy) -> tuple[int, list[list[tuple[
 
 def grow(size: int, updates: list) -> tuple[object, np.ndarray]:
     """The tree after the updates, and the priorities, each the last that was set."""
-    tree, plain = rainbow.SumTree(size), np.zeros(size)
+    tree, plain = recorder.SumTree(size), np.zeros(size)
     for update in updates:
         slots, values = zip(*update, strict=True)
         tree.set(np.array(slots), np.array(values, float))

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,22 +13,29 @@ import torch
 from conftest import load
 from golden.fill import fill_array, make_batch
 
-rainbow = load("finetune_rainbow.py")
+rainbow, recorder = load("finetune_rainbow.py"), load("record_replay.py")
 CPU = torch.device("cpu")
-NATURE = {"encoder": "nature"}
+SHARED = dict(batch_size=4, n_steps=7, discount=0.9, precision="fp32", device="cpu", compile=False)
+KINDS = ("frozen", "e2e", "nature")  # fine-tuning on a frozen backbone or end to end; recording
 
 
-def make_args(**changes):
-    """Of a small ResNet and a small replay"""
-    small = dict(width_multiplier=0.0625, blocks=(1, 1, 1, 1), replay_capacity=100, save_every=40, batch_size=4)
-    options = dict(n_steps=7, discount=0.9, precision="fp32", device="cpu", compile=False)
-    return rainbow.Args("pong", **small | options | changes)
+def make_args(module=rainbow, **changes):
+    """Of a small ResNet, or of a recorder's small replay"""
+    if module is recorder:
+        return recorder.Args("pong", Path("data"), **SHARED | dict(replay_capacity=100, save_every=40) | changes)
+    small = dict(width_multiplier=0.0625, blocks=(1, 1, 1, 1), total_steps=1000)
+    return rainbow.Args("pong", **SHARED | small | changes)
 
 
-def make_model(actions: int = 6, **changes):
-    args = make_args(**changes)
-    backbone = rainbow.Nature() if args.encoder == "nature" else rainbow.make_backbone(args)[0]
-    return rainbow.Rainbow(args, backbone, actions, CPU)
+def make_model(kind: str = "frozen", actions: int = 6, **changes):
+    if kind == "nature":
+        args = make_args(recorder, **changes)
+        network = recorder.Network(args, actions)
+    else:
+        args = make_args(freeze_backbone=kind == "frozen", **changes)
+        network = rainbow.Network(args, rainbow.make_backbone(args)[0], actions)
+    precision = torch.autocast("cpu", torch.bfloat16, args.precision == "bf16")
+    return (recorder if kind == "nature" else rainbow).Rainbow(args, network, CPU, precision)
 
 
 def make_batches(count: int, batch_size: int = 4) -> list[dict[str, np.ndarray]]:
@@ -50,7 +56,8 @@ def test_golden():
     numbers = dict(np.load(Path(__file__).parent / "golden" / "rainbow.npz", allow_pickle=False))
     shapes = {name: tuple(map(int, shape.split("x"))) for name, shape in (x.split() for x in numbers["param_names"])}
     args = rainbow.Args("pong", precision="fp32", device="cpu", compile=False)
-    model = rainbow.Rainbow(args, rainbow.ResNet(1.0, (3, 4, 6, 3)), 18, CPU)
+    network = rainbow.Network(args, rainbow.ResNet(1.0, (3, 4, 6, 3)), 18)
+    model = rainbow.Rainbow(args, network, CPU, torch.autocast("cpu", enabled=False))
     for network, prefix in ((model.online, "given/"), (model.target, "given/target/")):
         parameters = dict(network.named_parameters())
         assert parameters.keys() == shapes.keys()
@@ -74,11 +81,11 @@ def test_golden():
     assert all(parameter.grad is None for parameter in model.target.parameters())
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_losses_are_the_definition(freeze):
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_the_definition(kind):
     """Losses, values and gradients: one pass of a frozen backbone stands for three, and it has no gradient."""
     torch.manual_seed(0)
-    model = make_model(freeze_backbone=freeze)
+    model, freeze = make_model(kind), kind == "frozen"
     for parameter in model.target.parameters():
         parameter.data += 0.5 * torch.randn_like(parameter)
     backbone, target_backbone = model.online.backbone, model.target.backbone
@@ -105,7 +112,7 @@ def test_losses_are_the_definition(freeze):
 
 def test_the_target_network_is_the_player():
     torch.manual_seed(0)
-    model = make_model(freeze_backbone=False)
+    model = make_model("e2e")
     for parameter in model.target.parameters():
         parameter.data += 0.5 * torch.randn_like(parameter)
     stacks = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
@@ -146,7 +153,7 @@ def test_projection():
 
 
 def test_nature_network_is_the_published_one():
-    network = make_model(actions=18, **NATURE).online
+    network = make_model("nature", actions=18).online
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     convolutions = [(32, 4, 8, 8), (32,), (64, 32, 4, 4), (64,), (64, 64, 3, 3), (64,)]
     assert shapes == [*convolutions, (512, 3136), (512,), (918, 512), (918,)]
@@ -157,12 +164,12 @@ def test_nature_network_is_the_published_one():
 
 
 # === update and action ================================================================================================
-@pytest.mark.parametrize("changes", [{}, {"freeze_backbone": False}, NATURE])
-def test_compiles_without_a_graph_break(changes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(kind):
     """As on GPUs by default; "eager" runs the one graph that was traced, forward and backward."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = make_model(precision="bf16", **changes)
+    model = make_model(kind, precision="bf16")
     losses, act = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False) for f in (model.losses, model.act))
     inputs = torch.rand(4, 4, 84, 84), torch.tensor([0, 5]), torch.randn(2), torch.tensor([True, False])
     torch.manual_seed(0)
@@ -183,13 +190,13 @@ def test_compiles_without_a_graph_break(changes):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_an_update_is_its_steps(freeze, precision):
     """Of 20 updates through `Graph`, eager on a CPU, losses and weights equal those of the single steps."""
-    changes = dict(freeze_backbone=freeze, precision=precision, max_grad_norm=0.5, target_momentum=0.75)
+    kind, changes = "frozen" if freeze else "e2e", dict(precision=precision, max_grad_norm=0.5, target_momentum=0.75)
     torch.manual_seed(0)
-    model = make_model(**changes)
+    model = make_model(kind, **changes)
     torch.manual_seed(0)
-    other = make_model(**changes)
+    other = make_model(kind, **changes)
     optimizer = torch.optim.Adam(other.learned, 1e-4, eps=1.5e-4)
-    update = rainbow.Graph(model.update, CPU, model.learned)
+    update = rainbow.Graph(model.update, CPU)
     for step, batch in enumerate(make_batches(20 if freeze and precision == "fp32" else 2)):
         torch.manual_seed(step)
         found = update(**batch)
@@ -213,14 +220,14 @@ def test_an_update_is_its_steps(freeze, precision):
         torch.testing.assert_close(parameter, dict(other.named_parameters())[name], **tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, {"freeze_backbone": False}, NATURE])
-def test_what_learns(changes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_learns(kind):
     """All but a frozen backbone, whatever the precision; the target network follows, without a history."""
-    model = make_model(precision="bf16", target_momentum=0.75, **changes)
+    model = make_model(kind, precision="bf16", target_momentum=0.75)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     model.update(**{name: torch.from_numpy(array) for name, array in make_batches(1)[0].items()})
     for name, parameter in model.named_parameters():
-        frozen = not changes and "backbone" in name
+        frozen = kind == "frozen" and "backbone" in name
         assert parameter.equal(before[name]) == frozen, name
         assert parameter.requires_grad == (name.startswith("online") and not frozen), name
         assert parameter.grad is None and parameter.is_leaf
@@ -229,19 +236,12 @@ def test_what_learns(changes):
             torch.testing.assert_close(parameter, 0.75 * before[name] + 0.25 * online)
 
 
-def test_modes(monkeypatch):
-    """The target's and a frozen backbone never train. With a BatchNorm, a player's values do not depend on others'."""
-    for freeze in (True, False):
-        model = make_model(freeze_backbone=freeze)
-        assert not model.target.backbone.training and model.online.backbone.training != freeze
-    monkeypatch.setattr(rainbow, "Norm", torch.nn.BatchNorm2d)
-    model = make_model(freeze_backbone=False)
-    for batch in make_batches(3):
-        model.update(**{name: torch.from_numpy(array) for name, array in batch.items()})
-    assert model.target.backbone.bn1.running_mean.equal(model.online.backbone.bn1.running_mean)
-    assert model.target.backbone.bn1.num_batches_tracked > 3
-    stacks = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
-    torch.testing.assert_close(model.act(stacks[:1]), model.act(stacks)[:1])
+def test_the_target_network_and_a_frozen_backbone_never_train():
+    """Which counts for those who put BatchNorm or dropout into them."""
+    for kind in KINDS:
+        model = make_model(kind)
+        assert not any(part.training for part in model.target.modules())
+        assert model.online.backbone.training == (kind != "frozen") and model.online.neck.training
 
 
 # === environment and replay ===========================================================================================
@@ -252,8 +252,8 @@ class Row(NamedTuple):
     action: int
     reward: float
     is_first: bool
-    ends: bool
-    terminal: bool
+    life_over: bool
+    game_over: bool
 
 
 def play(env, rng: np.random.Generator) -> Iterator[tuple[Row, np.ndarray, bool]]:
@@ -262,7 +262,7 @@ def play(env, rng: np.random.Generator) -> Iterator[tuple[Row, np.ndarray, bool]
         stack, lives = env.stack.copy(), env.lives
         row = Row(*env.step(int(rng.integers(env.num_actions))))
         yield row, stack, env.lives < lives
-        if env.terminal:
+        if env.game_over:
             env.reset(env.episode + 1)
             assert not env.stack[:3].any() and env.stack[3].any()
         else:  # a lost life resets nothing
@@ -274,37 +274,43 @@ def future(played: list[Row], i: int, n: int) -> tuple[float, bool, int] | None:
     value = 0
     for k, row in enumerate(played[i : i + n]):
         value += 0.9**k * np.sign(row.reward)
-        if row.ends:
+        if row.life_over:
             return value, True, i
     return (value, False, i + n) if i + n < len(played) else None
+
+
+def priorities_of(replay) -> np.ndarray:
+    return replay.tree.levels[0] if isinstance(replay, recorder.Replay) else replay.priorities
 
 
 @pytest.mark.parametrize(
     ("game", "max_steps", "episodic_life"),
     [("breakout", 27_000, True), ("breakout", 27_000, False), ("ms_pacman", 200, True), ("pong", 60, True)],
 )
-def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
+@pytest.mark.parametrize("module", [rainbow, recorder], ids=["finetune", "record"])
+def test_replay_holds_what_was_played(module, game, max_steps, episodic_life):
     """Acting and learning see the same stacks, n steps are added up as defined, and exactly the rows of a known future
     that are no older than the capacity can be drawn: with their last loss, else with the greatest so far."""
-    args = make_args(max_episode_steps=max_steps, episodic_life=episodic_life, seed=1)
+    args = make_args(module, max_episode_steps=max_steps, episodic_life=episodic_life, seed=1)
     args.game = game
-    env, replay = rainbow.Environment(args), rainbow.Replay(args, tmp_path / "frames.bin")
+    env, replay = module.Environment(args), module.Replay(args)
+    size, capacity = len(replay.frames), 100 if module is recorder else 1000
     rng, played, stacks, deaths = np.random.default_rng(0), [], [], []
     losses, greatest, kinds = {}, 1.0, set()
     for row, stack, lost in islice(play(env, rng), 900):
         replay.add(*row)
         played.append(row)
         stacks.append(stack)
-        assert row.ends == (row.terminal or (episodic_life and lost))
-        deaths.append(lost and not row.terminal)
+        assert row.life_over == (row.game_over or (episodic_life and lost))
+        deaths.append(lost and not row.game_over)
         rows = len(played)
-        if rows < 10 or rows % 4:
+        if rows < 10 or rows % (4 if module is recorder else 12):
             continue
-        futures = {i: future(played, i, 7) for i in range(max(0, rows - 100), rows)}
-        leaves = np.zeros_like(replay.tree.levels[0])
+        futures = {i: future(played, i, 7) for i in range(max(0, rows - capacity), rows)}
+        leaves = np.zeros_like(priorities_of(replay))
         for i in [i for i, known in futures.items() if known]:
-            leaves[i % replay.size] = losses.setdefault(i, greatest) ** 0.5
-        np.testing.assert_allclose(replay.tree.levels[0], leaves, rtol=1e-12)
+            leaves[i % size] = losses.setdefault(i, greatest) ** 0.5
+        np.testing.assert_allclose(priorities_of(replay), leaves, rtol=1e-12)
         slots, probabilities, batch = replay.sample(16, rng)
         np.testing.assert_allclose(probabilities, leaves[slots], rtol=1e-12)
         shown = rainbow.stack_frames(torch.from_numpy(batch["frames"]), torch.from_numpy(batch["is_first"])).squeeze(1)
@@ -312,7 +318,7 @@ def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
         replay.set_losses(slots, new_losses)
         greatest = max(greatest, float(new_losses.max()))
         for j, slot in enumerate(slots):
-            i = rows - 1 - (rows - 1 - slot) % replay.size  # the latest row in that slot
+            i = rows - 1 - (rows - 1 - slot) % size  # the latest row in that slot
             value, done, later = futures[i]
             assert (batch["action"][j], batch["done"][j]) == (played[i].action, done)
             assert batch["n_step_return"][j] == pytest.approx(value)
@@ -322,19 +328,19 @@ def test_replay_holds_what_was_played(game, max_steps, episodic_life, tmp_path):
             kinds |= {("done", done), ("reward", value != 0), ("new game", not stacks[i][0].any())}
     assert len(kinds) == 6  # there were some of each
     assert (max(row.reward for row in played) >= 10) == (game == "ms_pacman")  # raw rewards
-    assert rows > 6 * replay.size and sum(row.terminal for row in played) > 1
+    assert (rows > 6 * size) == (module is recorder) and sum(row.game_over for row in played) > 1
     assert any(deaths) == (game != "pong")
 
 
 def test_environment_continues_from_its_actions():
     """In the middle of the second game, whatever has been played since; sticky actions are drawn alike, too."""
-    args = make_args(max_episode_steps=50, repeat_action_probability=0.25)
+    args = make_args(recorder, max_episode_steps=50, repeat_action_probability=0.25)
     args.game = "breakout"
-    env, other = rainbow.Environment(args), rainbow.Environment(args)
+    env, other = recorder.Environment(args), recorder.Environment(args)
     list(islice(play(env, np.random.default_rng(0)), 70))
     list(islice(play(other, np.random.default_rng(1)), 130))
     args.repeat_action_probability = 0
-    not_sticky = rainbow.Environment(args)
+    not_sticky = recorder.Environment(args)
     for e in (other, not_sticky):
         e.reset(env.episode)
         for action in env.actions:
@@ -350,7 +356,7 @@ def test_environment_continues_from_its_actions():
 @pytest.mark.parametrize("size", [1, 64, 65, 1000, 4097])
 def test_sum_tree(size):
     """After many updates, duplicates among them: every unit of the priorities' sum leads to the slot that it is of."""
-    rng, tree, plain = np.random.default_rng(size), rainbow.SumTree(size), np.zeros(size, int)
+    rng, tree, plain = np.random.default_rng(size), recorder.SumTree(size), np.zeros(size, int)
     for _ in range(200):
         slots, priorities = rng.integers(size, size=40), rng.integers(6, size=40)
         tree.set(slots, priorities)
@@ -395,86 +401,75 @@ def learn(replay, batch_size: int = 32) -> dict[str, np.ndarray]:
 
 def test_replay_continues_from_its_checkpoint(tmp_path):
     """Though the killed run had gone on for `save_every` rows, whose frames are in the file."""
-    undisturbed = rainbow.Replay(make_args(), tmp_path / "other.bin")
-    replay = rainbow.Replay(make_args(), tmp_path / "frames.bin")
+    frames = tmp_path / "frames.bin"
+    undisturbed, replay = recorder.Replay(make_args(recorder)), recorder.Replay(make_args(recorder))
     for i, row in enumerate(synthetic(500), start=1):
         undisturbed.add(*row)
         replay.add(*row)
         if i in (50, 299, 310, 333, 437):
             file = io.BytesIO()
+            replay.save_frames(frames)
             torch.save(replay.state_dict(), file)
             for other in synthetic(40, seed=1):
                 replay.add(*other)
             learn(replay)
+            replay.save_frames(frames)  # and then the run was killed, before its checkpoint was written
             file.seek(0)
-            replay = rainbow.Replay(make_args(), tmp_path / "frames.bin")
+            replay = recorder.Replay(make_args(recorder))
             replay.load_state_dict(torch.load(file, weights_only=True))
+            replay.load_frames(frames)
         if i % 10 == 0 or i in (299, 333, 437):
             found, expected = (learn(r, 32 if i % 10 == 0 else 1000) for r in (replay, undisturbed))
             for name, values in expected.items():
                 np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-def test_frames_need_room_at_once(monkeypatch, tmp_path):
-    """A disk without room for all frames is an error before the run, and all of the file's blocks are there then."""
-    replay = rainbow.Replay(make_args(), tmp_path / "a" / "frames.bin")
-    assert (tmp_path / "a" / "frames.bin").stat().st_blocks * 512 >= replay.size * 84 * 84 == 143 * 84 * 84
+@pytest.mark.parametrize("size", [1, 50, 333])
+def test_draws_follow_the_priorities(size):
+    """Each of b equal parts of the priorities' sum has a draw of the row in whose interval it is; none is of 0."""
+    rng, replay = np.random.default_rng(size), rainbow.Replay(make_args(total_steps=400))
+    for row in synthetic(size + 7):
+        replay.add(*row)
+    replay.ready = size
+    replay.priorities[:size] = 10 ** rng.uniform(-12, 3, size) * (rng.random(size) < 0.7)
+    replay.priorities[rng.integers(size)] = 1.0
+    before = np.concatenate([[0], replay.priorities[:size].cumsum()])
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    class Given:
+        def __init__(self, value: float):
+            self.random = lambda count: np.full(count, value)
 
-    monkeypatch.setattr(rainbow.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
-        rainbow.Replay(make_args(), tmp_path / "frames.bin")
+    for value in (0, 0.3, np.nextafter(1, 0), 1):  # 1: what rounding can make of it
+        rows, priorities, _ = replay.sample(64, Given(value))
+        parts = (np.arange(64) + value) / 64
+        assert (priorities > 0).all() and (priorities == replay.priorities[rows]).all()
+        assert (before[rows] / before[-1] <= parts + 1e-12).all()
+        assert (parts <= before[rows + 1] / before[-1] + 1e-12).all()
 
 
 @pytest.mark.parametrize(("first", "rows"), [(0, 0), (1100, 0), (1100, 150), (1100, 1)])
 def test_recordings(first, rows, tmp_path):
     """Blank rows before every game, raw rewards, the ends of games alone: complete, cut off, and from within a game."""
-    args = make_args(replay_capacity=1100, save_replay=tmp_path, save_replay_every=1100, save_replay_rows=rows, seed=7)
-    args.game = "ms_pacman"
-    replay, played = rainbow.Replay(args, tmp_path / "frames.bin"), list(synthetic(2200))
+    sizes = dict(replay_capacity=1100, steps_per_checkpoint=1100, rows_per_checkpoint=rows, total_steps=2200)
+    args = make_args(recorder, **sizes)
+    replay, played = recorder.Replay(args), list(synthetic(2200))
     assert not played[1100].is_first
     recorded = []
     for i, row in enumerate(played):
         replay.add(*row)
-        if i >= first and rainbow.record(args, replay):
+        if i >= first and (number := recorder.record(args, replay, tmp_path)):
+            assert number == i // 1100 + 1
             recorded.append(i + 1)
     at = min(rows + 1, 1100) if rows else 1100
     assert recorded == [n + at for n in (0, 1100) if n >= first]
     expected = []
     for row in played[first : first + 1100]:
         expected += [(np.zeros((84, 84)), 0, 0, 0)] * (3 if row.is_first else 0)
-        expected.append((row.frame, row.action, row.reward, row.terminal))
+        expected.append((row.frame, row.action, row.reward, row.game_over))
     dtypes = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}  # DQN Replay's
     for j, (name, dtype) in enumerate(dtypes.items()):
-        path = tmp_path / "MsPacman" / "7" / "replay_logs" / f"$store$_{name}_ckpt.{first // 1100 + 1}.gz"
+        path = tmp_path / f"$store$_{name}_ckpt.{first // 1100 + 1}.gz"
         column = np.array([row[j] for row in expected[: rows + 1 if rows else None]], dtype)
         with gzip.open(path) as stream:
             np.testing.assert_array_equal(np.load(stream), column, strict=True)
-    assert json.loads((tmp_path / "source.json").read_text()) == {"ms_pacman": "rainbow"}
     assert not [*tmp_path.rglob("*.tmp")]
-
-
-# === arguments ========================================================================================================
-SAVE = {"save_replay": Path("x"), "save_replay_every": 50_000}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_steps": 2000}, "--n-steps < --learning-starts"),
-        ({"learning_starts": 50_000}, "--learning-starts < --total-steps"),
-        ({"replay_capacity": 10}, "--n-steps < --replay-capacity"),
-        ({"encoder": "nature", "checkpoint": Path("x.pt")}, "leave --checkpoint out"),
-        (SAVE | {"total_steps": 120_000}, "--total-steps must be a multiple of --save-replay-every"),
-        (SAVE | {"replay_capacity": 49_999}, "--replay-capacity at least 50000"),
-        (SAVE | {"save_replay_rows": 400, "replay_capacity": 399}, "--replay-capacity at least 400"),
-        ({"save_every": 0}, "--save-every must be at least 1"),
-    ],
-)
-def test_bad_arguments(changes, message):
-    for good in ({}, SAVE, SAVE | {"save_replay_rows": 400, "replay_capacity": 400}):
-        rainbow.check(rainbow.Args("pong", **good))
-    with pytest.raises(SystemExit, match=message):
-        rainbow.check(rainbow.Args("pong", **changes))

@@ -54,8 +54,9 @@ def checkpoint(cache, tmp_path_factory):
     return find
 
 
-def make_policy(path: Path, game: str = "pong") -> "zeroshot.Policy":
-    policy = zeroshot.Policy(zeroshot.load_checkpoint(path)).eval().requires_grad_(False)
+def make_policy(path: Path, game: str = "pong", precision: str = "fp32") -> "zeroshot.Policy":
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    policy = zeroshot.Policy(zeroshot.load_checkpoint(path), precision).eval().requires_grad_(False)
     policy.game_id, policy.history = zeroshot.DQN_REPLAY_GAMES.index(game), []
     return policy
 
@@ -239,6 +240,19 @@ def test_values_are_logits_or_expected_returns(method, checkpoint, few_games):
         p = torch.from_numpy(expected).view(5, 18, 51).softmax(2).numpy()
         expected = (p * np.linspace(-10, 10, 51)).sum(2)
     np.testing.assert_allclose(policy(stacks, which, 0 * which, 0.0 * which), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_values_are_computed_in_float32(checkpoint, few_games):
+    """Of a bfloat16 backbone's maps, as in pre-training: actions often differ by less than bfloat16 resolves."""
+    policy = make_policy(checkpoint("cql"), precision="bf16")
+    stacks, which = np.random.default_rng(1).integers(0, 256, (5, 4, 84, 84), dtype=np.uint8), np.arange(5)
+    found = policy(stacks, which, 0 * which, 0.0 * which)
+    with policy.precision:
+        maps = policy.backbone(torch.from_numpy(stacks) / 255)
+    assert maps.dtype == torch.bfloat16
+    game_id = torch.full((5,), policy.game_id)
+    p = policy.head(policy.neck(maps.float(), game_id), game_id).view(5, 18, 51).softmax(2)
+    np.testing.assert_allclose(found, (p * torch.linspace(-10, 10, 51)).sum(2), rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_may_take_the_norms_place(checkpoint, few_games, monkeypatch, tmp_path):
