@@ -63,7 +63,8 @@ def on_replay(replay):
 
 def test_as_a_user_runs_it(pretrained, replay, tmp_path):
     args = (*QUICK, *FEW, "--game", "pong", "--data-dir", replay, "--checkpoint", pretrained(), "--video")
-    run("finetune_bc.py", *args, cwd=tmp_path)
+    done = run("finetune_bc.py", *args, cwd=tmp_path)
+    assert done.stdout.startswith("Device: cpu, precision: float32\n")
     found = result(tmp_path, "bc")
     identity = {key: found[key] for key in ("suite", "method", "game", "split", "seed", "checkpoint")}
     expected = {"suite": "bc", "method": "bc", "game": "pong", "split": "near_ood", "seed": 0}
@@ -114,12 +115,15 @@ def test_a_result_knows_its_backbone_pretraining_and_data(pretrained, on_replay,
         finetune(*on_replay, "--checkpoint", path, "--method", name, cwd=tmp_path)
     one, same, other = (result(tmp_path, name) for name in ("one", "same", "other"))
     assert one["backbone"] == same["backbone"] != other["backbone"] and len(one["backbone"]) == 8
-    assert one["pretraining"] == {"step": 2, "total_steps": 2, "data": "random_play"}
+    pretraining = one["pretraining"]
+    expected = {"step": 2, "total_steps": 2, "data": "random_play", "learning_rate": 1e-4, "games": ["pong"]}
+    assert {name: pretraining[name] for name in expected} == expected
+    assert other["pretraining"] == pretraining  # another seed is the same pre-training
+    assert not pretraining.keys() & {"seed", "device", "cache_dir", "data_dir", "run_name", "log_every", "save_every"}
     assert one["data"] == "dqn_replay"
 
-    (tmp_path / "jat").mkdir()
     shutil.copytree(replay / "Pong", tmp_path / "jat" / "Pong")
-    (tmp_path / "jat" / "source.json").write_text('{"pong": "jat", "qbert": "rl_unplugged"}')
+    (tmp_path / "jat" / "Pong" / "source.txt").write_text("jat\n")
     finetune(*on_replay, "--data-dir", tmp_path / "jat", "--method", "jat", cwd=tmp_path)
     assert result(tmp_path, "jat")["data"] == "jat"
 
@@ -215,6 +219,46 @@ def test_a_run_that_is_cut_off_leaves_no_result(on_replay, monkeypatch, tmp_path
     assert result(tmp_path, "random")["score"] == 3
 
 
+@pytest.mark.parametrize("flags", [(), ("--epochs", 2)])
+def test_a_result_does_not_count_once_it_is_made_again(flags, on_replay, no_play, monkeypatch, tmp_path):
+    """An --overwrite that was cut off leaves none; one with a mistake in it leaves the old one."""
+    finetune(*on_replay, cwd=tmp_path)
+    for mistake in (("--batch-size", 0), ("--num-transitions", 3), ("--data-dir", "nowhere")):
+        with pytest.raises(SystemExit):
+            finetune(*on_replay, "--overwrite", *mistake, cwd=tmp_path)
+        assert result(tmp_path, "random")["score"] == 3
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bc, "augment", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*on_replay, *flags, "--overwrite", cwd=tmp_path)
+    assert not result_path(tmp_path, "random").exists()
+    finetune(*on_replay, *flags, cwd=tmp_path)  # without --overwrite
+    assert result(tmp_path, "random")["args"]["epochs"] == (flags or (0, 1))[1]
+
+
+@pytest.mark.parametrize("place", ["results", "results/bc/random/pong", "runs", "runs/finetune_bc__random__pong__0"])
+def test_a_place_that_cannot_be_written_is_found_before_training(place, on_replay, monkeypatch, tmp_path):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).touch()
+    monkeypatch.setattr(bc, "augment", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match=r"^(results|runs)/.* cannot be written \(.*\)\. Choose another folder\.$"):
+        finetune(*on_replay, cwd=tmp_path)
+
+
+def test_the_users_folder(pretrained, no_play, monkeypatch, tmp_path):
+    """~ in any flag, as bash leaves it in --checkpoint=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(pretrained(), tmp_path / "checkpoint.pt")
+    places = ("--checkpoint=~/checkpoint.pt", "--cache-dir=~/made", "--results=~/results")
+    finetune(*QUICK, "--game", "pong", "--play-rows", 100, *places, cwd=tmp_path)
+    assert result(tmp_path, "bc")["args"]["cache_dir"] == str(tmp_path / "made")
+    assert (tmp_path / "made").is_dir() and not (tmp_path / "~").exists()
+
+
 def test_the_seed_decides(on_replay, no_play, tmp_path):
     """Two runs with the same seed are bitwise equal."""
     policies = []
@@ -277,19 +321,48 @@ def test_an_epoch_visits_each_transition_once(padding, offset, no_play, monkeypa
     assert found[:n] != found[n:]  # in another order
 
 
-def test_few_shot_reads_the_same_number_of_rows_of_each_run(replay, no_play, capsys, tmp_path):
-    """The benchmark's 5 runs of checkpoint 50, of one of them 49; 250 rows in all are 50 of each."""
-    for i in range(1, 6):
+def copy_replay(replay: Path, folder: Path, game: str, numbers: list[tuple[int, int]]) -> Path:
+    """A data set with Freeway's replay as these runs and checkpoints of the game."""
+    for number, checkpoint in numbers:
         for path in (replay / "Freeway" / "1" / "replay_logs").iterdir():
-            name = path.name.replace("ckpt.1", f"ckpt.{49 if i == 3 else 50}")
-            target = tmp_path / "data" / "Freeway" / str(i) / "replay_logs" / name
+            name = path.name.replace("ckpt.1", f"ckpt.{checkpoint}")
+            target = folder / game / str(number) / "replay_logs" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    few_shot = ("--data-dir", tmp_path / "data", "--num-transitions", 250)
-    finetune(*QUICK, "--game", "Freeway", *few_shot, cwd=tmp_path)
-    out = capsys.readouterr().out
-    assert "checkpoint 49 of run 3 stands in for checkpoint 50" in out
-    assert f"on {5 * (50 - 3)} transitions" in out  # the first rows of this replay have no history
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("game", "runs", "checkpoints", "flags"),
+    [
+        ("Freeway", [1, 2, 3, 4, 5], [50], ()),
+        ("Klax", [1], [2], ()),
+        ("Klax", [5, 1], [3, 50], ("--runs", 5, 1, 5, "--checkpoints", 3, 50, 3)),
+    ],
+)
+def test_what_is_read(game, runs, checkpoints, flags, replay, no_play, capsys, tmp_path):
+    """By default, DQN Replay's 5 runs of checkpoint 50, or what recordings have; the same number of rows of each."""
+    numbers = [(number, checkpoint) for number in runs for checkpoint in checkpoints]
+    few_shot = ("--data-dir", copy_replay(replay, tmp_path / "data", game, numbers), "--num-transitions", 260)
+    finetune(*QUICK, "--game", game, *few_shot, *flags, cwd=tmp_path)
+    n = len(numbers)
+    assert f"on {n * (260 // n - 3)} transitions" in capsys.readouterr().out  # the first rows here have no history
+    args = result(tmp_path, "random", game.lower())["args"]
+    assert args["runs"] == runs and args["checkpoints"] == checkpoints
+
+
+def test_actions_that_the_game_does_not_have(no_play, tmp_path):
+    """After --action-offset. It ends before training."""
+    make_replay(tmp_path / "data", [5, 30], 3)
+    (tmp_path / "data" / "Klax").rename(tmp_path / "data" / "Freeway")  # which has 3, and these are up to 4
+    few = ("--data-dir", tmp_path / "data", "--runs", 1, "--checkpoints", 1, "--num-transitions", 41)
+    with pytest.raises(SystemExit, match=r"^freeway has actions 0 to 2, but action 4 was recorded: another game's\?$"):
+        finetune(*QUICK, *few, "--game", "freeway", cwd=tmp_path)
+    assert not list(tmp_path.glob("results/**/*.json")) and not (tmp_path / "runs").exists()
+    (tmp_path / "data" / "Freeway").rename(tmp_path / "data" / "BasicMath")  # 6 actions
+    finetune(*QUICK, *few, "--game", "basic_math", "--action-offset", 1, cwd=tmp_path)
+    with pytest.raises(SystemExit, match=r"^basic_math has actions 0 to 5, but action 6 was recorded"):
+        finetune(*QUICK, *few, "--game", "basic_math", "--action-offset", 2, "--method", "off", cwd=tmp_path)
 
 
 class LongGame:
@@ -403,6 +476,10 @@ def test_bad_checkpoints(pretrained, tmp_path):
         with pytest.raises(SystemExit, match=rf"{name} is no checkpoint of .*") as end:
             finetune(*QUICK, "--game", "pong", "--checkpoint", tmp_path / name, cwd=tmp_path)
         assert "\n" not in str(end.value)
+    batch_norm = {"bn1.weight": torch.zeros(8)} | torch.load(pretrained(), weights_only=True)["backbone"]
+    torch.save({"backbone": batch_norm}, tmp_path / "batch_norm.pt")
+    with pytest.raises(SystemExit, match=r"batch_norm\.pt has batch norms, .* ablations/batch-norm\.patch"):
+        finetune(*QUICK, "--game", "pong", "--checkpoint", tmp_path / "batch_norm.pt", cwd=tmp_path)
     assert not (tmp_path / "exploded").exists() and not os.path.exists("exploded")
     with pytest.raises(SystemExit, match="another network: set --width-multiplier and --blocks"):
         finetune(*QUICK, "--game", "pong", "--checkpoint", pretrained(), "--width-multiplier", 0.25, cwd=tmp_path)
@@ -415,7 +492,9 @@ def test_bad_checkpoints(pretrained, tmp_path):
         (["--game", "chess"], "^Unknown game 'chess'"),
         (["--epochs", 0], "^--epochs must be at least 1"),
         (["--eval-episodes", 0], "^--eval-episodes must be at least 1"),
-        (["--runs"], "at least one of --runs"),
+        (["--method", "a/b"], "^--method a/b is no name for a folder: choose one without a slash"),
+        (["--method", ".."], "^--method .. is no name"),
+        (["--method", "."], "^--method . is no name"),
         (["--data-dir", "nowhere"], "nowhere/Pong lacks files of run 1, checkpoint 1"),
         (["--num-transitions", 0], "one row to read"),
     ],

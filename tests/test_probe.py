@@ -52,6 +52,7 @@ def test_as_a_user_runs_it(replay, checkpoint, tmp_path):
     models = ("--models", checkpoint("atc"), checkpoint("mae"), "theirs/latest.pth")
     data = ("--games", *GAMES, "--data-dir", replay, *DATA)
     done = run("eval_probe.py", *models, *QUICK, *data, cwd=tmp_path)
+    assert done.stdout.startswith("Device: cpu, precision: float32\n")
     content = json.loads((tmp_path / "reports" / "probe.json").read_text())
     assert list(content["results"]) == ["random", "atc", "mae", "theirs"]
     for name, row in content["results"].items():
@@ -70,9 +71,9 @@ def test_as_a_user_runs_it(replay, checkpoint, tmp_path):
 def test_features_are_those_of_the_checkpoint(features, checkpoint, few_games, args):
     """The map's mean, or what the neck makes of it with its game's embedding; of stacks in [0, 1], not augmented."""
     args.features = features
-    samples, cpu = probe.Samples(args, GAMES), torch.device("cpu")
+    samples = probe.Samples(args, GAMES)
     network = probe.Features(args, checkpoint("idm")).eval()
-    found = probe.extract(network, samples, probe.autocast(cpu, "fp32"))
+    found = probe.extract(network, samples, torch.autocast("cpu", enabled=False))
     content = torch.load(checkpoint("idm"), weights_only=True)
     backbone, neck = probe.ResNet(0.125, (1, 1, 1, 1)), probe.Neck(256, 4)
     backbone.load_state_dict(content["backbone"])
@@ -89,7 +90,7 @@ def test_features_are_those_of_the_checkpoint(features, checkpoint, few_games, a
         own = found[10 * [shard[0] for shard in samples.shards].index(game_id) :][:10]
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
     if features == "backbone":  # under bf16, the map's mean is taken in fp32
-        low = probe.extract(network, samples, probe.autocast(cpu, "bf16"))
+        low = probe.extract(network, samples, torch.autocast("cpu", torch.bfloat16))
         assert not torch.equal(low, low.bfloat16().float())
         torch.testing.assert_close(low, found, rtol=0.1, atol=0.02)
 
@@ -112,6 +113,9 @@ def test_other_necks_and_networks_are_refused(few_games, args, tmp_path):
         torch.save({"backbone": backbone, "neck": neck}, tmp_path / "checkpoint.pt")
         with pytest.raises(SystemExit, match="has no spatial-MLP neck: use --features backbone"):
             probe.Features(args, tmp_path / "checkpoint.pt")
+    torch.save({"backbone": backbone | {"bn1.weight": torch.zeros(8)}}, tmp_path / "batch_norm.pt")
+    with pytest.raises(SystemExit, match=r"batch_norm\.pt has batch norms"):
+        probe.Features(args, tmp_path / "batch_norm.pt")
     args.width_multiplier = 0.25
     with pytest.raises(SystemExit, match="has another network: set its --width-multiplier and --blocks"):
         probe.Features(args, tmp_path / "checkpoint.pt")
@@ -294,6 +298,27 @@ def test_a_table_without_rewards():
     lines = probe.as_markdown({"random": row}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["random", "0.500 [0.400, 0.600]", "-", "2.000", "-"]
+
+
+def test_a_figure_without_rewards():
+    """Its panel says why it is empty; with a reward, it is drawn."""
+    row = {measure: {"value": 0.5, "low": 0.4, "high": 0.6} for measure in probe.TITLES}
+    for rewards in (True, False):
+        results = {"random": row if rewards else row | {"reward": {}}}
+        panels = probe.draw(results, {"reward": {"value": 0.5}} if rewards else {"reward": {}}).get_axes()
+        texts = [[text.get_text() for text in panel.texts] for panel in panels]
+        assert texts == [[], [] if rewards else ["no game with\ntwo reward signs"], [], []]
+        assert bool(panels[1].patches) == rewards and all(panels[i].patches for i in (0, 2, 3))
+
+
+def test_places(replay, monkeypatch, tmp_path):
+    """~ is the user's folder, in each of --models, too; one that cannot be written is found before the work."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    with contextlib.chdir(tmp_path), pytest.raises(SystemExit, match=r"/file cannot be written \(File exists\)"):
+        probe.main(probe.tyro.cli(probe.Args, args=[*map(str, SMALL), "--output-dir=~/file"]))
+    with pytest.raises(SystemExit, match=f"^{tmp_path}/x/checkpoint.pt is no checkpoint"):
+        probe.main(probe.tyro.cli(probe.Args, args=[*map(str, SMALL), "--models", "~/x/checkpoint.pt"]))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_as_a_user_runs_it(alone, tmp_path):
     """All games of the pre-training; what the results say of it; films beside the results."""
     path = alone("pretrain_bc.py")[0] / "runs" / "pretrain_bc__7" / "checkpoint.pt"
     done = run("eval_zeroshot.py", "--checkpoint", path, *SHORT, "--video", cwd=tmp_path)
+    assert done.stdout.startswith("Device: cpu, precision: float32\n")
     assert done.stdout.count("points, normalised") == 2
     for game, split in (("pong", "near_ood"), ("freeway", "id")):
         found = result(tmp_path, "bc", game)
@@ -72,8 +73,9 @@ def test_as_a_user_runs_it(alone, tmp_path):
         expected = {"suite": "zeroshot", "method": "bc", "game": game, "split": split, "seed": 0}
         assert identity == expected | {"checkpoint": str(path)}
         assert found["score"] == np.mean(found["episode_scores"]) and len(found["episode_scores"]) == 2
-        assert found["pretraining"] == {"step": 3, "total_steps": 3, "data": "random_play"}
-        assert found["data"] == "random_play" and found["smoke_test"] is True and len(found["backbone"]) == 8
+        expected = {"step": 3, "total_steps": 3, "data": "random_play", "games": ["pong", "freeway"]}
+        assert {name: found["pretraining"][name] for name in expected} == expected
+        assert found["data"] is None and found["smoke_test"] is True and len(found["backbone"]) == 8
         with Image.open(result_path(tmp_path, "bc", game).with_suffix(".gif")) as video:
             assert video.n_frames > 1
 
@@ -100,6 +102,48 @@ def test_what_is_done_is_skipped(checkpoint, few_games, monkeypatch, capsys, tmp
     play(*SHORT, "--checkpoint", path, "--method", "mine", "--games", "pong", "--seed", 3, cwd=tmp_path)
     assert result(tmp_path, "mine", "pong", 3)["backbone"] == result(tmp_path, "bc", "pong")["backbone"]
     assert json.loads(before)["backbone"] != result(tmp_path, "bc", "pong")["backbone"]
+
+
+@pytest.mark.parametrize(("part", "name"), [("backbone", "conv1.weight"), ("neck", "norm.bias"), ("head", "bias")])
+def test_other_weights_are_noticed(part, name, checkpoint, few_games, monkeypatch, tmp_path):
+    """Of each part that plays; another head on the same backbone is another policy."""
+    monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: (np.zeros(2), []))
+    play(*SHORT, "--checkpoint", checkpoint("bc"), "--games", "pong", "pong", cwd=tmp_path)
+    content = torch.load(checkpoint("bc"), weights_only=True)
+    content[part][name] += 1
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"was made with \{'backbone': "):
+        play(*SHORT, "--checkpoint", "checkpoint.pt", cwd=tmp_path)
+
+
+def test_a_result_does_not_count_once_it_is_made_again(checkpoint, few_games, monkeypatch, tmp_path):
+    """--overwrite makes each game once; cut off, it leaves no result of the game that it was at."""
+    played = []
+
+    def play_episodes(game, *_):
+        if played == ["pong", "freeway", "pong"]:
+            raise KeyboardInterrupt
+        played.append(game)
+        return np.zeros(2), []
+
+    monkeypatch.setattr(zeroshot, "play_episodes", play_episodes)
+    play(*SHORT, "--checkpoint", checkpoint("bc"), "--games", "pong", "Freeway", "Pong", "--overwrite", cwd=tmp_path)
+    assert played == ["pong", "freeway"]
+    with pytest.raises(KeyboardInterrupt):
+        play(*SHORT, "--checkpoint", checkpoint("bc"), "--overwrite", cwd=tmp_path)
+    assert result_path(tmp_path, "bc", "pong").exists() and not result_path(tmp_path, "bc", "freeway").exists()
+
+
+def test_places(checkpoint, few_games, monkeypatch, tmp_path):
+    """~ is the user's folder; one that cannot be written is found before the play."""
+    monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: (np.zeros(2), []))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    play(*SHORT, "--checkpoint", checkpoint("bc"), "--results=~/results", cwd=tmp_path)
+    assert result_path(tmp_path, "bc", "pong").exists() and not (tmp_path / "~").exists()
+    monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^file/zeroshot/bc/pong cannot be written \(.*\)\. Choose another folder\.$"):
+        play(*SHORT, "--checkpoint", checkpoint("bc"), "--results", "file", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("method", "smoke_test"), [("real", False), ("played", True)])
@@ -272,7 +316,7 @@ def test_the_authors_policies(method, prefix, monkeypatch, tmp_path):
     monkeypatch.setattr(zeroshot, "play_episodes", play_episodes)
     play(*SHORT, "--checkpoint", path, "--games", "freeway", cwd=tmp_path)
     found = result(tmp_path, f"their_{method}", "freeway")
-    assert found["data"] == "unknown" and found["pretraining"] is None
+    assert found["data"] is None and found["pretraining"] is None
     if method == "dt":
         with pytest.raises(SystemExit, match="has seen nothing of boxing"):
             play(*SHORT, "--checkpoint", path, "--games", "boxing", cwd=tmp_path)
@@ -289,11 +333,14 @@ def test_bad_input(checkpoint, few_games, tmp_path):
     content["neck"]["largest_return"].fill_(-math.inf)
     torch.save(content, tmp_path / "unseen.pt")
     torch.save({"backbone": content["backbone"]}, tmp_path / "backbone.pt")
+    torch.save(content | {"backbone": {"bn1.weight": torch.zeros(8)}}, tmp_path / "batch_norm.pt")
     bc = ("--checkpoint", checkpoint("bc"))
     for args, message in [
         (["--checkpoint", "missing.pt"], "^missing.pt is no checkpoint"),
         (["--checkpoint", "backbone.pt"], "^backbone.pt holds no policy"),
         (["--checkpoint", "unseen.pt"], "^unseen.pt has seen nothing of pong"),
+        (["--checkpoint", "batch_norm.pt"], "^batch_norm.pt has batch norms"),
+        ([*bc, "--method", "a/b"], "^--method a/b is no name for a folder"),
         ([*bc, "--games", "pong", "alien"], r"^Unknown game 'alien'\. Choose from: pong freeway"),
         ([*bc, "--eval-episodes", 0], "^--eval-episodes and --max-episode-steps must be at least 1"),
     ]:
