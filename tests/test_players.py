@@ -50,11 +50,11 @@ def test_frames_are_those_of_gymnasium(players, game):
     """To one grey level, resets included. The oracle's emulator does not look ahead, so that this leaves no trace."""
     played = players.Game(game, 0.3, [7], sticky=0)
     steps = 0
-    while steps < 300:
+    while steps < 200:
         plain = plain_env(game, played.ale.getEpisodeFrameNumber())
         stack, _ = plain.reset()
         terminal = False
-        while not terminal and steps < 300:
+        while not terminal and steps < 200:
             frame = played.frame()
             assert frame.dtype == np.uint8 and frame.any()
             assert abs(frame.astype(int) - stack[-1]).max() <= 1, steps
@@ -79,9 +79,9 @@ def test_splits_are_the_benchmarks(players):
 def test_layout_padding_and_terminals(players, tmp_path):
     """3 blank rows before every episode, and nowhere else; the rows between are those of the game played again."""
     rows = 1_000
-    players.name_source(tmp_path, "road_runner")
-    players.record(tmp_path, "road_runner", 3, rows, 5)
-    columns = read(tmp_path, "RoadRunner", 3)
+    players.name_source(tmp_path, "breakout")
+    players.record(tmp_path, "breakout", 2, rows, 5)
+    columns = read(tmp_path, "Breakout", 2)
     dtypes = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}
     assert {field: column.dtype for field, column in columns.items()} == dtypes
     assert {len(column) for column in columns.values()} == {rows + 1}
@@ -92,7 +92,7 @@ def test_layout_padding_and_terminals(players, tmp_path):
     assert np.array_equal(np.flatnonzero(~columns["observation"].any((1, 2))), padding)
     assert not any(columns[field][padding].any() for field in columns)
 
-    game = players.Game("road_runner", 0.3, [5, 3])
+    game = players.Game("breakout", 0.6, [5, 2])
     for row in np.delete(np.arange(rows + 1), padding):
         assert np.array_equal(game.frame(), columns["observation"][row])
         action = game.choose()
@@ -146,7 +146,8 @@ def test_recordings_are_kept_and_the_rest_is_made(recorded, tmp_path):
     assert files(tmp_path) == files(recorded)
     changed = {path for path, written in first.items() if path.stat().st_mtime_ns != written}
     assert changed and all(path.name.endswith("ckpt.2.gz") for path in changed)
-    assert len(set(files(recorded).values())) > 50  # no two checkpoints alike, but for some terminals
+    observations = [content for name, content in files(recorded).items() if "observation" in name]
+    assert len(set(observations)) == 15  # no two checkpoints are alike
 
 
 def test_another_seed_plays_otherwise(players, recorded, tmp_path):
