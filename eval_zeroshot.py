@@ -38,7 +38,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-# === processes, precision and seeds [shared] ==========================================================================
+# === processes and precision [shared] =================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
@@ -59,11 +59,6 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     if compiles and not any(compilers):
         raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === arguments ========================================================================================================

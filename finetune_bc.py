@@ -48,7 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# === processes, precision and seeds [shared] ==========================================================================
+# === processes and precision [shared] =================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
@@ -69,11 +69,6 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     if compiles and not any(compilers):
         raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === arguments ========================================================================================================
@@ -384,10 +379,8 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
     """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are from 0 to `most`."""
     try:
         with gzip.open(path) as file:
-            if np.lib.format.read_magic(file) == (1, 0):
-                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # as np.save writes it
             if fortran_order and len(shape) > 1:
                 raise ValueError("its array is in Fortran order")
             count = int(min(rows, shape[0]))

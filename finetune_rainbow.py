@@ -432,7 +432,7 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
     return (pixels * ((1 + 0.05 * noise) / 255)).permute(0, 3, 4, 1, 2)
 
 
-# === processes, precision and seeds [shared] ==========================================================================
+# === processes and precision [shared] =================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
@@ -453,11 +453,6 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     if compiles and not any(compilers):
         raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === files [shared] ===================================================================================================
@@ -676,8 +671,8 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
     clock = time.perf_counter()
     for step in range(replay.rows, args.total_steps):
-        seed_step(args.seed, step)  # of the augmentation
-        rng = np.random.default_rng([args.seed, step, 1])  # of the exploration and of the replay's draws
+        rng = np.random.default_rng([args.seed, step])  # of the exploration and of the replay's draws
+        torch.manual_seed(int(rng.integers(2**32)))  # of the augmentation; PyTorch's CPU generator uses 32 bits
         epsilon = np.interp(step, exploration, [1, args.exploration_final])
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))

@@ -355,10 +355,8 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
     """The first `rows` rows of a gzipped .npy, the rest not decompressed; checks that they are from 0 to `most`."""
     try:
         with gzip.open(path) as file:
-            if np.lib.format.read_magic(file) == (1, 0):
-                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # as np.save writes it
             if fortran_order and len(shape) > 1:
                 raise ValueError("its array is in Fortran order")
             count = int(min(rows, shape[0]))
@@ -585,7 +583,7 @@ def expand_user(args) -> None:
             setattr(args, name, value.expanduser())
 
 
-# === processes, precision and seeds [shared] ==========================================================================
+# === processes and precision [shared] =================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
@@ -606,11 +604,6 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     if compiles and not any(compilers):
         raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers a function of both, mixed: its CPU generator uses 32 bits of a seed only."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 # === learning-rate schedule [shared] ==================================================================================
@@ -684,15 +677,6 @@ def evaluate(objective: Method, held_out: Windows, device: torch.device, precisi
     return dict(zip(names, mean(results), strict=True))
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any of the processes"""
-    if WORLD_SIZE == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
-
-
 def train(args: Args) -> None:
     # The run's folder, the processes and the device
     expand_user(args)
@@ -759,7 +743,8 @@ def train(args: Args) -> None:
     if args.compile:
         bar.set_postfix_str("compiling, about a minute")
     for step, batch in read_ahead(data, range(start, args.total_steps), args.num_workers):
-        seed_step(args.seed, step)  # of augmentation and masks: a run that is resumed draws the same
+        # Augmentation and masks depend on seed and step alone, mixed: PyTorch's CPU generator uses 32 bits of a seed.
+        torch.manual_seed(int(np.random.default_rng([args.seed, step]).integers(2**32)))
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_multiplier(step, args.total_steps)
         with precision:
             loss, metrics = model(unpack(*batch, device))
@@ -773,8 +758,9 @@ def train(args: Args) -> None:
         recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
         bar.update()
         last = steps == args.total_steps
-        asks = WORLD_SIZE == 1 or steps % 20 == 0  # several processes stop at the same step; asking takes time
-        stop = asks and any_process(bool(stops), device)
+        stop = bool(stops)
+        if WORLD_SIZE > 1:  # all stop at the same step; they ask each other now and then, as that waits for the device
+            stop = steps % 20 == 0 and mean([grad_norm.new_tensor([len(stops)])])[0] > 0
         evaluates = last or steps % args.eval_every == 0
         saves = last or stop or steps % args.save_every == 0
         if not (evaluates or saves or steps % args.log_every == 0):

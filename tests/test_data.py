@@ -450,16 +450,15 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 @pytest.mark.parametrize("dtype", ["u1", "i8", ">i4", "f8"])
-def test_kinds_of_npy_files(atc, tmp_path, data, version, dtype):
-    """Any header version and any type of whole numbers; observations with a channel of their own."""
+def test_kinds_of_npy_files(atc, tmp_path, data, dtype):
+    """Any type of whole numbers; observations with a channel of their own."""
     expected = prepare(atc, tmp_path, 50, "breakout", "data").read_bytes()
     for field, path in data.items():
         if field == "observation":
-            resave(path, lambda a: a[:, None], version)
+            resave(path, lambda a: a[:, None])
         else:
-            resave(path, lambda a, of=dtype if field != "reward" else "f8": a.astype(of), version)
+            resave(path, lambda a, of=dtype if field != "reward" else "f8": a.astype(of))
     assert prepare(atc, tmp_path, 50, "breakout", "data").read_bytes() == expected
 
 
