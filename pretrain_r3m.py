@@ -589,6 +589,20 @@ def lr_multiplier(step: int, total_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
+# === signals [shared] =================================================================================================
+def catch_signals() -> list[int]:
+    """A list to which the signals that should end the run are added as they arrive"""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # the last one is Slurm's warning
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, and so it stays
+            signal.signal(number, note)
+    return received
+
+
 # === training [shared] ================================================================================================
 MAY_CHANGE = """data_dir cache_dir num_workers device compile run_name resume overwrite log_every eval_every
     save_every""".split()  # when a run is resumed; all other arguments must stay
@@ -702,14 +716,7 @@ def train(args: Args) -> None:
         (run_dir / "args.json").write_text(json.dumps(plain_args, indent=2))
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
 
-    stops = []  # signals received; one ends the run after a step
-
-    def note_stop(number, _):
-        stops.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # the last one is Slurm's warning
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, and so it stays
-            signal.signal(number, note_stop)
+    stops = catch_signals()  # one ends the run after a step
     steps = start  # that are finished
     recent = []  # loss, norm of the gradients and metrics of the steps since the last log entry, on the device
     clock = time.perf_counter()

@@ -461,6 +461,20 @@ def parse_game(name: str, games: list[str]) -> str:
     raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
+# === signals [shared] =================================================================================================
+def catch_signals() -> list[int]:
+    """A list to which the signals that should end the run are added as they arrive"""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # the last one is Slurm's warning
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, and so it stays
+            signal.signal(number, note)
+    return received
+
+
 # === playing and learning [shared] ====================================================================================
 def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWriter) -> Iterator[int]:
     """Plays and learns, from the replay's last row on. After each step it yields how many have been played."""
@@ -549,22 +563,6 @@ def record(args: Args, replay: Replay, logs: Path) -> int:
     return number + 1
 
 
-def stop_on_signals() -> list[float]:
-    """A list to which the first signal is added. From a second later on, Ctrl-C or SIGTERM ends the run at once."""
-    stops = []
-
-    def receive(number: int, _) -> None:
-        if not stops:
-            stops.append(time.monotonic())
-        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() > stops[0] + 1:  # not the same, sent twice
-            raise SystemExit("Stopped at once. To go on from the last checkpoint: the same command without --overwrite")
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, receive)
-    return stops
-
-
 MAY_CHANGE = "device compile overwrite log_every".split()  # between the parts of a run
 
 
@@ -641,7 +639,7 @@ def main(args: Args) -> None:
     save()  # where there is a checkpoint, the recordings are those of a run that goes on
     compiling = ", the first update compiles for about a minute" if args.compile else ""
     print(f"{run_dir}: from step {replay.rows:,} of {args.total_steps:,}{compiling}", flush=True)
-    stops = stop_on_signals()
+    stops = catch_signals()  # one ends the run after a step
     steps = train(model, replay, env, writer)
     bar = tqdm(steps, f"recording {args.game}", args.total_steps, initial=replay.rows, unit="step", **BAR)
     for played in bar:

@@ -433,11 +433,11 @@ def data(breakout, tmp_path) -> dict[str, Path]:
     return write(tmp_path / "data", "breakout", file_of(breakout, padded=True)[:60])
 
 
-def resave(path: Path, change, version: tuple | None = None) -> None:
+def resave(path: Path, change) -> None:
     with gzip.open(path) as stream:
         array = np.load(stream)
     with gzip.open(path, "wb") as stream:
-        np.lib.format.write_array(stream, change(array), version)
+        np.lib.format.write_array(stream, change(array))
 
 
 class Evil:
