@@ -213,7 +213,7 @@ def test_defaults_of_fine_tuning_are_the_papers():
     args = load("finetune_bc.py").Args("pong")
     assert (args.epochs, args.batch_size, args.learning_rate, args.weight_decay) == (100, 512, 1e-3, 1e-4)
     assert (args.max_grad_norm, args.epsilon) == (0.5, 0.001)
-    assert (args.runs, args.checkpoints, args.num_transitions) == ((1, 2, 3, 4, 5), (50,), 50_000)
+    assert args.num_transitions == 50_000  # which runs and checkpoints: test_finetune.py
     assert (args.eval_episodes, args.max_episode_steps, args.freeze_backbone) == (100, 27_000, True)
 
 
