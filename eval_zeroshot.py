@@ -401,7 +401,7 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     stacks = np.concatenate([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
-    bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False)
+    bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False, **BAR)
     while running.any():
         if args.video and running[0] and len(frames) < 1800:  # two minutes
             frames.append(stacks[0, -1].copy())
