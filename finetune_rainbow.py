@@ -449,9 +449,11 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     low = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
-    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
-    if compiles and not any(compilers):
-        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    compilers = ["g++", os.environ.get("CXX", "")]
+    if device.type == "cuda":
+        compilers = ["gcc", "clang", os.environ.get("CC", "")]
+    if compiles and not any(shutil.which(name) for name in compilers):
+        raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
 
 

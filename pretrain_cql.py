@@ -586,9 +586,11 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     low = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
-    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
-    if compiles and not any(compilers):
-        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    compilers = ["g++", os.environ.get("CXX", "")]
+    if device.type == "cuda":
+        compilers = ["gcc", "clang", os.environ.get("CC", "")]
+    if compiles and not any(shutil.which(name) for name in compilers):
+        raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
 
 
@@ -682,6 +684,8 @@ def train(args: Args) -> None:
     expand_user(args)
     args.games = list(dict.fromkeys(parse_game(name, DQN_REPLAY_GAMES) for name in args.games)) or ID_GAMES
     check_args(args)
+    if WORLD_SIZE > 1 and args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
     device, precision = set_up_device(args.device, args.precision, args.compile)
     run_dir = Path("runs", args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
@@ -689,16 +693,12 @@ def train(args: Args) -> None:
         raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
     make_folder(run_dir)
     if WORLD_SIZE > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # preparing the data may take that long
 
     # The objective, its data and its optimizer
     torch.manual_seed(args.seed)
-    objective = Objective(args).to(device)
-    if args.compile or device.type == "cpu":  # on CUDA, group_norm is slow in this layout unless it is compiled
-        objective.to(memory_format=torch.channels_last)
+    objective = Objective(args).to(device, memory_format=torch.channels_last)
     if LOCAL_RANK > 0:
         dist.barrier()  # the first process of each machine prepares the data for the others
     shards, source = prepare(args, args.games, args.rows_per_checkpoint)
@@ -715,10 +715,10 @@ def train(args: Args) -> None:
     start = restore(checkpoint, plain_args, objective, optimizer) if args.resume and checkpoint.exists() else 0
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
-        starts = [None] * WORLD_SIZE
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            raise SystemExit(f"The processes would go on from steps {starts}: runs/ must be on a disk that all share.")
+        found = [None] * WORLD_SIZE
+        dist.all_gather_object(found, {"step": start, "samples": data.size, "held_out": held_out.size, "data": source})
+        if any(other != found[0] for other in found):
+            raise SystemExit(f"Processes differ in what they have found: {found}. Give all the same runs/ and data.")
         model = nn.parallel.DistributedDataParallel(model)
     if RANK == 0:
         if args.overwrite:  # now that all above has worked

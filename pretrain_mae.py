@@ -124,9 +124,9 @@ class Objective(Method):
         stacks = stack_frames(batch["frames"], batch["is_first"])  # [b, 1, 4, 84, 84]
         obs = augment(stacks).squeeze(1)  # o~ [b, 4, 84, 84]
         target = stacks.squeeze(1) / 255  # o [b, 4, 84, 84]
-        return self.loss(obs, target, batch["game_id"])
+        return self.loss(obs, target, batch["game_id"], draw_noise(obs))
 
-    def reconstruct(self, obs, game_id, noise=None):
+    def reconstruct(self, obs, game_id, noise):
         """obs [b, 4, 84, 84] -> pixels [b, 4, 84, 84], and which of them were masked [b, 1, 84, 84]"""
         x = self.neck.tokens(self.backbone(obs), game_id)  # [b, 36, 512]
         visible, ids_restore = random_masking(x, self.keep, noise)  # x_p [b, keep, 512], [b, 36]
@@ -135,7 +135,7 @@ class Objective(Method):
         y = self.head(tokens, game_id)  # [b, 4, 84, 84]
         return y, masked_pixels(ids_restore, self.keep)
 
-    def loss(self, obs, target, game_id, noise=None):  # the formula above
+    def loss(self, obs, target, game_id, noise):  # the formula above
         pixels, masked = self.reconstruct(obs, game_id, noise)
         return pixel_loss(pixels, target, masked)
 
@@ -143,7 +143,7 @@ class Objective(Method):
     def picture(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The first samples' last frames: input, masked input, reconstruction [1, 8 * 84, 3 * 84]"""
         stacks = stack_frames(batch["frames"][:8], batch["is_first"][:8]).squeeze(1) / 255  # [8, 4, 84, 84]
-        pixels, masked = self.reconstruct(stacks, batch["game_id"][:8])
+        pixels, masked = self.reconstruct(stacks, batch["game_id"][:8], draw_noise(stacks))
         columns = torch.cat([stacks, stacks.masked_fill(masked, 0.5), pixels], 3)  # [8, 4, 84, 3 * 84]
         return columns[:, -1].flatten(0, 1).clamp(0, 1)[None]
 
@@ -209,13 +209,16 @@ def grid_position() -> torch.Tensor:
     return torch.cat([sin_cos(cells % 6, 256), sin_cos(cells // 6, 256)], 1)
 
 
-def random_masking(tokens: torch.Tensor, keep: int, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps `keep` random tokens of each sample, those with the least noise [b, 36], which is uniform unless given.
+def draw_noise(stacks: torch.Tensor) -> torch.Tensor:
+    """Uniform noise [b, 36] for `random_masking`. Every process draws for all samples and takes its part."""
+    return torch.rand(WORLD_SIZE * len(stacks), 36, device=stacks.device).chunk(WORLD_SIZE)[RANK]
+
+
+def random_masking(tokens: torch.Tensor, keep: int, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keeps `keep` random tokens of each sample, those with the least noise [b, 36].
 
     tokens [b, 36, 512] -> visible tokens [b, keep, 512], ids_restore [b, 36]: each cell's place in the random order
     """
-    if noise is None:  # every process draws for all samples and takes its part
-        noise = torch.rand(WORLD_SIZE * len(tokens), 36, device=tokens.device).chunk(WORLD_SIZE)[RANK]
     ids_shuffle = noise.argsort(1)  # [b, 36]
     ids_restore = ids_shuffle.argsort(1)
     ids_keep = ids_shuffle[:, :keep, None].expand(-1, -1, 512)  # [b, keep, 512]
@@ -658,9 +661,11 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     low = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
-    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
-    if compiles and not any(compilers):
-        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    compilers = ["g++", os.environ.get("CXX", "")]
+    if device.type == "cuda":
+        compilers = ["gcc", "clang", os.environ.get("CC", "")]
+    if compiles and not any(shutil.which(name) for name in compilers):
+        raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
 
 
@@ -754,6 +759,8 @@ def train(args: Args) -> None:
     expand_user(args)
     args.games = list(dict.fromkeys(parse_game(name, DQN_REPLAY_GAMES) for name in args.games)) or ID_GAMES
     check_args(args)
+    if WORLD_SIZE > 1 and args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
     device, precision = set_up_device(args.device, args.precision, args.compile)
     run_dir = Path("runs", args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
@@ -761,16 +768,12 @@ def train(args: Args) -> None:
         raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
     make_folder(run_dir)
     if WORLD_SIZE > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # preparing the data may take that long
 
     # The objective, its data and its optimizer
     torch.manual_seed(args.seed)
-    objective = Objective(args).to(device)
-    if args.compile or device.type == "cpu":  # on CUDA, group_norm is slow in this layout unless it is compiled
-        objective.to(memory_format=torch.channels_last)
+    objective = Objective(args).to(device, memory_format=torch.channels_last)
     if LOCAL_RANK > 0:
         dist.barrier()  # the first process of each machine prepares the data for the others
     shards, source = prepare(args, args.games, args.rows_per_checkpoint)
@@ -787,10 +790,10 @@ def train(args: Args) -> None:
     start = restore(checkpoint, plain_args, objective, optimizer) if args.resume and checkpoint.exists() else 0
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
-        starts = [None] * WORLD_SIZE
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            raise SystemExit(f"The processes would go on from steps {starts}: runs/ must be on a disk that all share.")
+        found = [None] * WORLD_SIZE
+        dist.all_gather_object(found, {"step": start, "samples": data.size, "held_out": held_out.size, "data": source})
+        if any(other != found[0] for other in found):
+            raise SystemExit(f"Processes differ in what they have found: {found}. Give all the same runs/ and data.")
         model = nn.parallel.DistributedDataParallel(model)
     if RANK == 0:
         if args.overwrite:  # now that all above has worked

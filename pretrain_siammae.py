@@ -126,7 +126,7 @@ class Objective(Method):
         obs = augment(present).squeeze(1)  # o~_s [b, 4, 84, 84]
         next_obs = augment(future).squeeze(1)  # o~_s+k [b, 4, 84, 84]
         target = future.squeeze(1) / 255  # o_s+k [b, 4, 84, 84]
-        return self.loss(obs, next_obs, target, batch["game_id"])
+        return self.loss(obs, next_obs, target, batch["game_id"], draw_noise(obs))
 
     def pairs(self, frames, is_first):
         """The present and a random future of each sample, uint8 [b, 1, 4, 84, 84] each"""
@@ -134,7 +134,7 @@ class Objective(Method):
         offset = torch.randint(1, stacks.shape[1], (WORLD_SIZE * len(stacks), 1, 1, 1, 1), device=stacks.device)  # k
         return stacks[:, :1], stacks.take_along_dim(offset.chunk(WORLD_SIZE)[RANK], dim=1)
 
-    def reconstruct(self, obs, next_obs, game_id, noise=None):
+    def reconstruct(self, obs, next_obs, game_id, noise):
         """obs, next_obs [b, 4, 84, 84] -> pixels of next_obs, and which of them were masked [b, 1, 84, 84]"""
         maps = self.backbone(torch.cat([obs, next_obs]))  # [2b, 2048, 6, 6]
         x, next_x = self.neck.tokens(maps, game_id.repeat(2)).chunk(2)  # x_s, x_s+k [b, 36, 512] each
@@ -145,7 +145,7 @@ class Objective(Method):
         y = self.head(tokens, game_id, m)  # [b, 4, 84, 84]
         return y.sigmoid(), masked_pixels(ids_restore, self.keep)
 
-    def loss(self, obs, next_obs, target, game_id, noise=None):  # the formula above
+    def loss(self, obs, next_obs, target, game_id, noise):  # the formula above
         pixels, masked = self.reconstruct(obs, next_obs, game_id, noise)
         return pixel_loss(pixels, target, masked)
 
@@ -154,7 +154,7 @@ class Objective(Method):
         """The first samples' last frames: present, future, masked future, reconstruction [1, 8 * 84, 4 * 84]"""
         pair = torch.cat(self.pairs(batch["frames"][:8], batch["is_first"][:8]), 1) / 255  # [8, 2, 4, 84, 84]
         obs, next_obs = pair.unbind(1)  # [8, 4, 84, 84] each
-        pixels, masked = self.reconstruct(obs, next_obs, batch["game_id"][:8])
+        pixels, masked = self.reconstruct(obs, next_obs, batch["game_id"][:8], draw_noise(obs))
         columns = torch.cat([obs, next_obs, next_obs.masked_fill(masked, 0.5), pixels], 3)  # [8, 4, 84, 4 * 84]
         return columns[:, -1].flatten(0, 1).clamp(0, 1)[None]
 
@@ -220,13 +220,16 @@ def grid_position() -> torch.Tensor:
     return torch.cat([sin_cos(cells % 6, 256), sin_cos(cells // 6, 256)], 1)
 
 
-def random_masking(tokens: torch.Tensor, keep: int, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps `keep` random tokens of each sample, those with the least noise [b, 36], which is uniform unless given.
+def draw_noise(stacks: torch.Tensor) -> torch.Tensor:
+    """Uniform noise [b, 36] for `random_masking`. Every process draws for all samples and takes its part."""
+    return torch.rand(WORLD_SIZE * len(stacks), 36, device=stacks.device).chunk(WORLD_SIZE)[RANK]
+
+
+def random_masking(tokens: torch.Tensor, keep: int, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keeps `keep` random tokens of each sample, those with the least noise [b, 36].
 
     tokens [b, 36, 512] -> visible tokens [b, keep, 512], ids_restore [b, 36]: each cell's place in the random order
     """
-    if noise is None:  # every process draws for all samples and takes its part
-        noise = torch.rand(WORLD_SIZE * len(tokens), 36, device=tokens.device).chunk(WORLD_SIZE)[RANK]
     ids_shuffle = noise.argsort(1)  # [b, 36]
     ids_restore = ids_shuffle.argsort(1)
     ids_keep = ids_shuffle[:, :keep, None].expand(-1, -1, 512)  # [b, keep, 512]
@@ -683,9 +686,11 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     low = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
-    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))]
-    if compiles and not any(compilers):
-        raise SystemExit("torch.compile needs a C++ compiler, and there is none: install g++, or give --no-compile.")
+    compilers = ["g++", os.environ.get("CXX", "")]
+    if device.type == "cuda":
+        compilers = ["gcc", "clang", os.environ.get("CC", "")]
+    if compiles and not any(shutil.which(name) for name in compilers):
+        raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, low)
 
 
@@ -779,6 +784,8 @@ def train(args: Args) -> None:
     expand_user(args)
     args.games = list(dict.fromkeys(parse_game(name, DQN_REPLAY_GAMES) for name in args.games)) or ID_GAMES
     check_args(args)
+    if WORLD_SIZE > 1 and args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
     device, precision = set_up_device(args.device, args.precision, args.compile)
     run_dir = Path("runs", args.run_name or f"{Path(__file__).stem}__{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
@@ -786,16 +793,12 @@ def train(args: Args) -> None:
         raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
     make_folder(run_dir)
     if WORLD_SIZE > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # preparing the data may take that long
 
     # The objective, its data and its optimizer
     torch.manual_seed(args.seed)
-    objective = Objective(args).to(device)
-    if args.compile or device.type == "cpu":  # on CUDA, group_norm is slow in this layout unless it is compiled
-        objective.to(memory_format=torch.channels_last)
+    objective = Objective(args).to(device, memory_format=torch.channels_last)
     if LOCAL_RANK > 0:
         dist.barrier()  # the first process of each machine prepares the data for the others
     shards, source = prepare(args, args.games, args.rows_per_checkpoint)
@@ -812,10 +815,10 @@ def train(args: Args) -> None:
     start = restore(checkpoint, plain_args, objective, optimizer) if args.resume and checkpoint.exists() else 0
     model = torch.compile(objective) if args.compile else objective
     if WORLD_SIZE > 1:
-        starts = [None] * WORLD_SIZE
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            raise SystemExit(f"The processes would go on from steps {starts}: runs/ must be on a disk that all share.")
+        found = [None] * WORLD_SIZE
+        dist.all_gather_object(found, {"step": start, "samples": data.size, "held_out": held_out.size, "data": source})
+        if any(other != found[0] for other in found):
+            raise SystemExit(f"Processes differ in what they have found: {found}. Give all the same runs/ and data.")
         model = nn.parallel.DistributedDataParallel(model)
     if RANK == 0:
         if args.overwrite:  # now that all above has worked

@@ -290,7 +290,7 @@ def test_mask_keeps_the_tokens_of_the_least_noise():
         for j in range(3):
             assert torch.equal(visible[i, j], tokens[i, least[j]])
         assert ids_restore[i].tolist() == [least.index(cell) for cell in range(36)]
-    assert modules["mae"].random_masking(tokens, 3, None)[1].sort(1).values.equal(torch.arange(36).expand(5, 36))
+    assert modules["mae"].draw_noise(tokens).shape == (5, 36)
 
 
 @pytest.mark.parametrize("name", ["mae", "siammae"])
