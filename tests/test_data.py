@@ -376,7 +376,7 @@ def test_few_files_are_in_memory_at_once(atc, monkeypatch, tmp_path):
     monkeypatch.setattr(atc, "prepare_shard", prepare_slowly)
     args = atc.Args(data_dir=tmp_path, cache_dir=tmp_path / "cache", runs=(1,), checkpoints=tuple(range(30)))
     assert len(atc.prepare(args, ("breakout",), 15)[0]) == 30
-    assert max(most) == 4
+    assert 1 < max(most) <= 4
 
 
 def test_a_home_folder_is_found(atc, monkeypatch, tmp_path):
