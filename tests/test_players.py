@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import ale_py
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL, environment, load, run, train
@@ -48,22 +49,26 @@ def recorded(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("game", load("benchmarks/players.py").PLAYERS)
 def test_frames_are_those_of_gymnasium(players, game):
     """To one grey level, resets included. The oracle's emulator does not look ahead, so that this leaves no trace."""
-    played = players.Game(game, 0.3, [7], sticky=0)
-    steps = 0
-    while steps < 200:
-        plain = plain_env(game, played.ale.getEpisodeFrameNumber())
-        stack, _ = plain.reset()
-        terminal = False
-        while not terminal and steps < 200:
-            frame = played.frame()
-            assert frame.dtype == np.uint8 and frame.any()
-            assert abs(frame.astype(int) - stack[-1]).max() <= 1, steps
-            action = played.choose()
-            reward, terminal = played.step(action)
-            stack, expected, ended, *_ = plain.step(action)
-            assert (reward, terminal) == (expected, ended)
-            steps += 1
-        played.reset()
+    played, plain = players.Game(game, 0.3, [7], sticky=0), plain_env(game)
+    oracle, terminal = plain.unwrapped.ale, True
+    oracle.setInt("random_seed", played.ale.getInt("random_seed"))  # the console's memory at its start depends on it
+    oracle.loadROM(ale_py.roms.get_rom_path(game))
+    other = plain_env(game)
+    other.reset()
+    of_reset = other.unwrapped.ale.getEpisodeFrameNumber()  # a reset takes some frames, in a few games
+    for step in range(200):
+        if terminal:
+            plain.env.env.noops = played.ale.getEpisodeFrameNumber() - of_reset
+            stack, _ = plain.reset()
+        frame = played.frame()
+        assert frame.dtype == np.uint8 and frame.any()
+        assert abs(frame.astype(int) - stack[-1]).max() <= 1, step
+        action = played.choose()
+        reward, terminal = played.step(action)
+        stack, *expected = plain.step(action)
+        assert [reward, terminal] == expected[:2], step
+        if terminal:
+            played.reset()
 
 
 def test_splits_are_the_benchmarks(players):
@@ -188,6 +193,7 @@ def test_mistakes_are_told(tmp_path):
     assert "recordings of another source (dqn_replay)" in record(tmp_path, code=1).stderr
     (tmp_path / "Freeway/source.txt").write_text("rainbow")
     assert "recordings of another source (rainbow)" in record(tmp_path, code=1).stderr
+    assert "cannot be written (Not a directory)" in record(tmp_path, "--data-dir", other / "x", code=1).stderr
     assert "Choose --games from: breakout" in record(tmp_path, "--games", "chess", code=1).stderr
     assert "Choose --data-dir DIR" in run("benchmarks/players.py", cwd=tmp_path, code=1).stderr
 
