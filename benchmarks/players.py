@@ -16,7 +16,6 @@ basic_math and human_cannonball and the heading in skiing, which were found by t
 visible on the screen.
 """
 
-import ctypes
 import gzip
 import io
 import itertools
@@ -435,12 +434,6 @@ def print_table(args: Args, names: list[str]) -> None:
 
 
 # === processes ========================================================================================================
-def start_worker() -> None:
-    """A process that leaves Ctrl-C to its parent, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
-
-
 def run(job: tuple) -> tuple:
     function, *arguments = job
     return job, function(*arguments)
@@ -448,7 +441,8 @@ def run(job: tuple) -> tuple:
 
 def run_all(jobs: list[tuple], processes: int, title: str, unit: str) -> list[tuple]:
     """Runs jobs, functions with their arguments, in processes. Returns pairs of a job and its result."""
-    with multiprocessing.get_context("spawn").Pool(processes, start_worker) as pool:
+    ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # they are the parent's: it ends the processes
+    with multiprocessing.get_context("spawn").Pool(processes, *ignore_interrupts) as pool:
         interval = 0.1 if sys.stderr.isatty() else 30
         results = pool.imap_unordered(run, jobs)
         return list(tqdm(results, title, len(jobs), unit=unit, mininterval=interval))

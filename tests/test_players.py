@@ -162,7 +162,7 @@ def test_another_seed_plays_otherwise(players, recorded, tmp_path):
 
 
 def test_an_interrupted_recording_leaves_nothing_half_written(recorded, tmp_path):
-    """Ended in all ways and at many times: the processes are gone, files are whole, and the next call goes on."""
+    """Ended in all ways and at many times: the processes go, files are whole, and the next call goes on."""
     command = [sys.executable, ROOT / "benchmarks/players.py", "--data-dir", tmp_path, "--rows", ROWS, "--jobs", 2]
     command = [*map(str, command), "--games", *GAMES]
     for number, seconds in ((signal.SIGKILL, 0), (signal.SIGTERM, 0.05), (signal.SIGINT, 0.1)):
@@ -184,6 +184,15 @@ def test_an_interrupted_recording_leaves_nothing_half_written(recorded, tmp_path
         assert all(whole[name] == content for name, content in files(tmp_path).items() if not name.endswith(".tmp"))
     record(tmp_path)
     assert {name: content for name, content in files(tmp_path).items() if not name.endswith(".tmp")} == whole
+
+
+def test_a_file_appears_whole(players, tmp_path, monkeypatch):
+    """Cut off before a file gets its name, a recording leaves temporary files only."""
+    players.name_source(tmp_path, "pong")
+    monkeypatch.setattr(Path, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        players.record(tmp_path, "pong", 5, ROWS, 0)
+    assert {path.suffix for path in (tmp_path / "Pong/1").rglob("*") if path.is_file()} == {".tmp"}
 
 
 def test_mistakes_are_told(tmp_path):
