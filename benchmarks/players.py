@@ -12,10 +12,10 @@ goes on where it was cut off. The same --seed gives the same files, however many
 Games are played as in the dataset: up to 30 no-ops at the start, sticky actions (0.25), 4 frames a step, the maximum of
 the last two, grayscale, 84 x 84 by area interpolation, and 3 blank rows before an episode. The addresses in the
 console's memory are from the public annotations of AtariARI (1906.08226) and OC_Atari (2306.08649), except those of
-basic_math and human_cannonball, which were found by trying. All that the players read is visible on the screen.
+basic_math and human_cannonball and the heading in skiing, which were found by trying. All that the players read is
+visible on the screen.
 """
 
-import ctypes
 import gzip
 import io
 import itertools
@@ -145,6 +145,23 @@ class Aim:
         return move.replace("NOOP", "") + "FIRE"
 
 
+class Skiing:
+    """Turns the skis towards the middle of the next gate, the more the farther it is to the side."""
+
+    X, HEADING = 25, 15  # the heading is 8 for straight down, less for left
+    OBJECT_X, OBJECT_KIND, OBJECT_Y = 62, 70, 86  # of the first of 8 objects; gates are of kind 2, y grows upwards
+    OWN_Y = 130
+
+    def act(self, ram, ale):
+        x, gates = ram[self.X], []
+        for i in range(8):
+            if ram[self.OBJECT_KIND + i] == 2 and ram[self.OBJECT_Y + i] < self.OWN_Y:
+                gates.append((ram[self.OBJECT_Y + i], ram[self.OBJECT_X + i] + 16))
+        middle = max(gates)[1] if gates else x
+        heading = 8 + np.clip((middle - x) / 8, -3, 3)
+        return towards(heading - ram[self.HEADING], "LEFT", "RIGHT", near=0.5)
+
+
 class Asterix:
     """Leaves a lane before its lyre comes; else runs to the nearest lane with food, and along it."""
 
@@ -251,8 +268,8 @@ ID = {
     "enduro": partial(Repeat, "FIRE"),  # the accelerator
     "freeway": partial(Repeat, "UP"),
     "road_runner": partial(Repeat, "LEFT"),
-    "skiing": partial(Repeat, "NOOP"),  # straight down
-    "space_invaders": partial(Aim, own=28, target=26, offset=20, near=3),  # below the invaders' left columns
+    "skiing": Skiing,
+    "space_invaders": partial(Aim, own=28, target=26, offset=8, near=4),  # below the invaders' left column
     "tennis": partial(Aim, own=26, target=16),  # along the baseline with the ball
 }
 NEAR_OOD = {"asterix": Asterix, "pong": Pong, "seaquest": Seaquest}
@@ -417,12 +434,6 @@ def print_table(args: Args, names: list[str]) -> None:
 
 
 # === processes ========================================================================================================
-def start_worker() -> None:
-    """A process that leaves Ctrl-C to its parent, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
-
-
 def run(job: tuple) -> tuple:
     function, *arguments = job
     return job, function(*arguments)
@@ -430,7 +441,8 @@ def run(job: tuple) -> tuple:
 
 def run_all(jobs: list[tuple], processes: int, title: str, unit: str) -> list[tuple]:
     """Runs jobs, functions with their arguments, in processes. Returns pairs of a job and its result."""
-    with multiprocessing.get_context("spawn").Pool(processes, start_worker) as pool:
+    ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # they are the parent's: it ends the processes
+    with multiprocessing.get_context("spawn").Pool(processes, *ignore_interrupts) as pool:
         interval = 0.1 if sys.stderr.isatty() else 30
         results = pool.imap_unordered(run, jobs)
         return list(tqdm(results, title, len(jobs), unit=unit, mininterval=interval))
@@ -447,7 +459,10 @@ def main(args: Args) -> None:
     if args.data_dir:
         folder, jobs = args.data_dir.expanduser(), []
         for name in sorted(names, key=lambda name: PLAYERS[name] is not LookAhead):  # the slow ones first
-            name_source(folder, name)
+            try:
+                name_source(folder, name)
+            except OSError as error:
+                raise SystemExit(f"{folder} cannot be written ({error.strerror}). Choose another folder.") from error
             for checkpoint in RANDOM_SHARES:
                 if not all(path.exists() for path in replay_files(folder, name, checkpoint).values()):
                     jobs.append((record, folder, name, checkpoint, args.rows, args.seed))

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import ale_py
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL, environment, load, run, train
@@ -48,22 +49,26 @@ def recorded(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("game", load("benchmarks/players.py").PLAYERS)
 def test_frames_are_those_of_gymnasium(players, game):
     """To one grey level, resets included. The oracle's emulator does not look ahead, so that this leaves no trace."""
-    played = players.Game(game, 0.3, [7], sticky=0)
-    steps = 0
-    while steps < 200:
-        plain = plain_env(game, played.ale.getEpisodeFrameNumber())
-        stack, _ = plain.reset()
-        terminal = False
-        while not terminal and steps < 200:
-            frame = played.frame()
-            assert frame.dtype == np.uint8 and frame.any()
-            assert abs(frame.astype(int) - stack[-1]).max() <= 1, steps
-            action = played.choose()
-            reward, terminal = played.step(action)
-            stack, expected, ended, *_ = plain.step(action)
-            assert (reward, terminal) == (expected, ended)
-            steps += 1
-        played.reset()
+    played, plain = players.Game(game, 0.3, [7], sticky=0), plain_env(game)
+    oracle, terminal = plain.unwrapped.ale, True
+    oracle.setInt("random_seed", played.ale.getInt("random_seed"))  # the console's memory at its start depends on it
+    oracle.loadROM(ale_py.roms.get_rom_path(game))
+    other = plain_env(game)
+    other.reset()
+    of_reset = other.unwrapped.ale.getEpisodeFrameNumber()  # a reset takes some frames, in a few games
+    for step in range(200):
+        if terminal:
+            plain.env.env.noops = played.ale.getEpisodeFrameNumber() - of_reset
+            stack, _ = plain.reset()
+        frame = played.frame()
+        assert frame.dtype == np.uint8 and frame.any()
+        assert abs(frame.astype(int) - stack[-1]).max() <= 1, step
+        action = played.choose()
+        reward, terminal = played.step(action)
+        stack, *expected = plain.step(action)
+        assert [reward, terminal] == expected[:2], step
+        if terminal:
+            played.reset()
 
 
 def test_splits_are_the_benchmarks(players):
@@ -157,7 +162,7 @@ def test_another_seed_plays_otherwise(players, recorded, tmp_path):
 
 
 def test_an_interrupted_recording_leaves_nothing_half_written(recorded, tmp_path):
-    """Ended in all ways and at many times: the processes are gone, files are whole, and the next call goes on."""
+    """Ended in all ways and at many times: the processes go, files are whole, and the next call goes on."""
     command = [sys.executable, ROOT / "benchmarks/players.py", "--data-dir", tmp_path, "--rows", ROWS, "--jobs", 2]
     command = [*map(str, command), "--games", *GAMES]
     for number, seconds in ((signal.SIGKILL, 0), (signal.SIGTERM, 0.05), (signal.SIGINT, 0.1)):
@@ -181,6 +186,15 @@ def test_an_interrupted_recording_leaves_nothing_half_written(recorded, tmp_path
     assert {name: content for name, content in files(tmp_path).items() if not name.endswith(".tmp")} == whole
 
 
+def test_a_file_appears_whole(players, tmp_path, monkeypatch):
+    """Cut off before a file gets its name, a recording leaves temporary files only."""
+    players.name_source(tmp_path, "pong")
+    monkeypatch.setattr(Path, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        players.record(tmp_path, "pong", 5, ROWS, 0)
+    assert {path.suffix for path in (tmp_path / "Pong/1").rglob("*") if path.is_file()} == {".tmp"}
+
+
 def test_mistakes_are_told(tmp_path):
     other = tmp_path / "Freeway/1/replay_logs/$store$_action_ckpt.1.gz"
     other.parent.mkdir(parents=True)
@@ -188,6 +202,7 @@ def test_mistakes_are_told(tmp_path):
     assert "recordings of another source (dqn_replay)" in record(tmp_path, code=1).stderr
     (tmp_path / "Freeway/source.txt").write_text("rainbow")
     assert "recordings of another source (rainbow)" in record(tmp_path, code=1).stderr
+    assert "cannot be written (Not a directory)" in record(tmp_path, "--data-dir", other / "x", code=1).stderr
     assert "Choose --games from: breakout" in record(tmp_path, "--games", "chess", code=1).stderr
     assert "Choose --data-dir DIR" in run("benchmarks/players.py", cwd=tmp_path, code=1).stderr
 
