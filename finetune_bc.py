@@ -524,7 +524,8 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
     num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
     seed = int(rng.integers(2**30))
-    stacks = np.concatenate([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [episodes, 4, 84, 84]
+    starts = thread_map(lambda i: envs[i].reset(seed=seed + i), range(episodes), desc="starting games", leave=False)
+    stacks = np.concatenate([stack for stack, _ in starts])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False, **BAR)

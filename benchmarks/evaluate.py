@@ -13,7 +13,7 @@ from functools import partial
 import ale_py
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
-from common import begin, load, median, record, shown, start, table, take_turns
+from common import begin, load, median, record, start, table, take_turns
 
 GAMES = ("pong", "breakout", "space_invaders", "ms_pacman", "asterix")
 EPISODES = 100
@@ -87,8 +87,9 @@ def main(_: list[str]) -> None:
             raise SystemExit(f"{name}: the two ways differ: {found}")
         ratios = [median(plain[key]) / median(ours[key]) for key in ("seconds", "cpu_seconds")]
         waste = [median(of["steps"]) / median(of["used"]) for of in (ours, plain)]
-        row = [name, shown(ours["used"]), *(f"{x:.2f}" for x in waste), shown(ours["seconds"]), shown(plain["seconds"])]
-        rows.append([*row, *(f"{ratio:.2f}" for ratio in ratios)])
+        seconds = [median(of["seconds"]) for of in (ours, plain)]
+        row = [f"{median(ours['used']):,}", *(f"{x:.2f}" for x in waste), *(f"{x:.0f}" for x in seconds)]
+        rows.append([name, *row, *(f"{ratio:.2f}" for ratio in ratios)])
     header = ["random play", "steps used", "played for one used: ours (target 1.2)", "plain", "ours, s", "plain, s"]
     header += ["plain / ours (target 2 in the last case)", "CPU seconds, plain / ours"]
     table(f"{EPISODES} episodes", header, rows)

@@ -183,7 +183,7 @@ def test_episodes_are_those_of_one_vector_environment(bc):
         scores += rewards * running
         running &= ~(terminated | truncated)
     assert len({int(running.sum()) for running, _ in steps}) > 2  # episodes of different lengths
-    assert len(set(scores)) > 2
+    assert len(set(scores)) > 1
 
     calls = []
 
