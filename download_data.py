@@ -88,6 +88,7 @@ def expand_user(args) -> None:
 
 
 # === games [shared] ===================================================================================================
+# ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
     frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman

@@ -45,23 +45,25 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
     LOCAL_RANK = int(os.environ["LOCAL_RANK"])
     WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-# Of progress bars. In a file, they are a line every 30 seconds.
-BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+# Options of progress bars. In a log file, a bar prints a line every 30 seconds.
+BAR = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
 def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
     """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
     device = torch.device(device)
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    low = precision == "bf16" or (precision == "auto" and native)
+    native = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
-        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+        print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
     compilers = ["g++", os.environ.get("CXX", "")]
     if device.type == "cuda":
         compilers = ["gcc", "clang", os.environ.get("CC", "")]
     if compiles and not any(shutil.which(name) for name in compilers):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
-    return device, torch.autocast(device.type, torch.bfloat16, low)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # === arguments ========================================================================================================
@@ -203,7 +205,8 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = xavier_linear(512, 2048), xavier_linear(2048, 512)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn_out(attention(*self.attn_qkv(self.attn_norm(x)).chunk(3, 2), self.causal))
+        query, key, value = self.attn_qkv(self.attn_norm(x)).chunk(3, dim=2)  # [b, n, 512] each
+        x = x + self.attn_out(attention(query, key, value, self.causal))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
@@ -306,6 +309,7 @@ def expand_user(args) -> None:
 
 
 # === games [shared] ===================================================================================================
+# ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
     frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
@@ -401,7 +405,8 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
     num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
     seed = int(rng.integers(2**30))
-    starts = thread_map(lambda i: envs[i].reset(seed=seed + i), range(episodes), desc="starting games", leave=False)
+    options = dict(desc="starting games", leave=False, **BAR)
+    starts = thread_map(lambda i: envs[i].reset(seed=seed + i), range(episodes), **options)
     stacks = np.concatenate([stack for stack, _ in starts])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)

@@ -54,23 +54,25 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
     LOCAL_RANK = int(os.environ["LOCAL_RANK"])
     WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-# Of progress bars. In a file, they are a line every 30 seconds.
-BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+# Options of progress bars. In a log file, a bar prints a line every 30 seconds.
+BAR = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
 def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
     """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
     device = torch.device(device)
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    low = precision == "bf16" or (precision == "auto" and native)
+    native = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
-        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+        print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
     compilers = ["g++", os.environ.get("CXX", "")]
     if device.type == "cuda":
         compilers = ["gcc", "clang", os.environ.get("CC", "")]
     if compiles and not any(shutil.which(name) for name in compilers):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
-    return device, torch.autocast(device.type, torch.bfloat16, low)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # === arguments ========================================================================================================
@@ -268,6 +270,7 @@ def expand_user(args) -> None:
 
 
 # === games [shared] ===================================================================================================
+# ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
     frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
@@ -371,7 +374,7 @@ def make_backbone(args) -> tuple[ResNet, str, dict]:
 
 
 # === data [shared] ====================================================================================================
-# The first rows of a replay checkpoint, which is four gzipped .npy files, are prepared once as a shard, a file of ROWs.
+# A replay checkpoint is four gzipped .npy files. Its first rows are prepared once, as a shard: a file of ROWs.
 FIELDS = [("is_first", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")]
 ROW = np.dtype([("frame", "u1", (84, 84)), *FIELDS])  # 7,064 bytes; is_first marks an episode's first row
 PADDING = 3  # blank rows before every episode in the dataset
@@ -383,11 +386,11 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
         with gzip.open(path) as file:
             np.lib.format.read_magic(file)
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # as np.save writes it
-            if fortran_order and len(shape) > 1:
+            if fortran_order:
                 raise ValueError("its array is in Fortran order")
             count = int(min(rows, shape[0]))
             content = file.read(count * math.prod(shape[1:]) * dtype.itemsize)
-            file.read(1)  # if that was all, this compares the file's checksum
+            file.read(1)  # at the end of the file, gzip then checks its checksum
         values = np.frombuffer(content, dtype).reshape(count, *shape[1:])
         if most and (values.min(initial=0) < 0 or values.max(initial=0) > most):
             raise ValueError(f"its numbers are not all from 0 to {most}")
@@ -398,18 +401,19 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
 
 def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
     """Writes the first `rows` rows as a shard. Rewards and terminals may have more rows, for the returns-to-go."""
-    reward = np.sign(np.nan_to_num(reward.astype(np.float32)))
+    reward = np.sign(np.nan_to_num(reward.astype(np.float32)))  # clipped to their signs, as DQN does
     terminal = terminal.astype(bool)
     to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
     last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
-    return_to_go = to_end[:rows] - to_end[1 + last[np.searchsorted(last, np.arange(rows))]]
+    end = last[np.searchsorted(last, np.arange(rows))]  # last row of each row's episode
+    return_to_go = to_end[:rows] - to_end[1 + end]
     reward = reward[:rows]
     terminal = terminal[:rows]
 
-    # Padding is what is blank at the beginning of an episode, and of the file, which may begin amid padding.
+    # Padding is blank rows, 3 at most, at the start of an episode. The file may start within padding.
     blank = ~frame.any((1, 2)) & (action == 0) & (reward == 0) & ~terminal
     padding = np.full(rows, False)
-    for first in [0, *np.flatnonzero(terminal) + 1]:
+    for first in [0, *(np.flatnonzero(terminal) + 1)]:
         padding[first : first + PADDING] = np.logical_and.accumulate(blank[first : first + PADDING])
     history = HISTORY if padding[0] else 0  # blank rows that the file's first row needs if it begins an episode
     shard = np.zeros(history + np.count_nonzero(~padding), ROW)
@@ -417,8 +421,7 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
     for name, column in columns.items():
         shard[name][history:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
-    if history > 0:
-        shard["is_first"][history : history + 1] = True  # a slice, as there may be no such row
+    shard["is_first"][history : history + 1] = padding[0]  # a slice, as there may be no such row
     with whole_file(path) as temporary:
         shard.tofile(temporary)
 
@@ -440,6 +443,7 @@ def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
 def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path:
     """The shard of a checkpoint's first `rows` rows; it is made unless the cache has it."""
     files = find_files(args, game, run, checkpoint)
+    # Sizes and times are in the name, so that a file that was replaced is prepared again.
     versions = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     path = args.cache_dir / f"{game}_{run}_{checkpoint}_{rows}_{zlib.crc32(repr(versions).encode()):08x}.bin"
     if not path.exists():
@@ -464,7 +468,9 @@ def play_shard(args, rows: int, game: str) -> Path:
         stack, _ = env.reset(seed=0)  # [1, 4, 84, 84]
         rng = np.random.default_rng(0)
         frames = np.zeros((rows, 84, 84), np.uint8)
-        actions, rewards, terminals = np.zeros((3, rows), int)
+        actions = np.zeros(rows, int)
+        rewards = np.zeros(rows, int)
+        terminals = np.zeros(rows, bool)
         for row in range(rows):
             frames[row] = stack[0, -1]
             actions[row] = rng.integers(env.single_action_space.n)
@@ -524,7 +530,8 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     envs = [AtariVectorEnv(game, 1, max_num_frames_per_episode=most_frames, **options) for _ in range(episodes)]
     num_actions, rng = envs[0].single_action_space.n, np.random.default_rng(args.seed)
     seed = int(rng.integers(2**30))
-    starts = thread_map(lambda i: envs[i].reset(seed=seed + i), range(episodes), desc="starting games", leave=False)
+    options = dict(desc="starting games", leave=False, **BAR)
+    starts = thread_map(lambda i: envs[i].reset(seed=seed + i), range(episodes), **options)
     stacks = np.concatenate([stack for stack, _ in starts])  # [episodes, 4, 84, 84]
     scores, running, frames = np.zeros(episodes), np.full(episodes, True), []
     actions, rewards = np.zeros(episodes, int), np.zeros(episodes)

@@ -66,9 +66,9 @@ class Args:
     total_steps: int = 1_953_125  # optimizer steps; the default is 25 epochs of 10M samples
     batch_size: int = 128  # samples in a step, summed over all processes
     learning_rate: float = 3e-5  # of AdamW, after the warm-up
-    weight_decay: float = 1e-5  # for all parameters
-    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of its moving averages
-    adam_eps: float = 1e-8  # its epsilon
+    weight_decay: float = 1e-5  # AdamW's, for all parameters
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay rates
+    adam_eps: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float = 0.5  # gradients are clipped to this L2 norm; inf turns clipping off
     prediction_steps: int = 4  # K: steps ahead that are predicted
     spr_weight: float = 2.0  # weight of loss_SPR
@@ -93,34 +93,38 @@ class Args:
     resume: bool = False  # continue from the run's checkpoint if there is one
     overwrite: bool = False  # delete an existing run of this name
     log_every: int = 20  # steps between entries in TensorBoard
-    eval_every: int = 10_000  # steps between evaluations on 10 batches of held-out samples, and one at the end
-    save_every: int = 2_000  # steps between checkpoints, and one at the end and on a signal
+    eval_every: int = 10_000  # steps between evaluations on held-out samples; the last step has one as well
+    save_every: int = 2_000  # steps between checkpoints; the last step and a signal make one as well
 
 
 # === protocol [shared] ================================================================================================
 class Method(nn.Module):
-    """What the training loop asks of an objective, whose `forward(batch)` returns the loss and a dict of metrics."""
+    """What the training loop asks of an objective. All parameters are in child modules: checkpoints hold only those.
+
+    `forward(batch)` gets frames uint8 [b, length, 84, 84], game_id [b] and is_first, action, reward, terminal,
+    return_to_go [b, length]. It returns the loss, a mean over the b samples, and a dict of scalar metrics.
+    """
 
     name: str  # in checkpoints and results
     length: int  # rows of a sample
 
     def update_target(self, step: int) -> None:
-        """Called after each optimizer step, for momentum networks."""
+        """Called after each optimizer step, for momentum networks; `step` counts from 0."""
 
     def picture(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """An image [channels, height, width] of held-out samples for TensorBoard, if there is something to see."""
+        """An image [channels, h, w] for TensorBoard, or None. Called after evaluations, by one process alone."""
 
 
 # === objective: SPR+IDM ===============================================================================================
 class Objective(Method):
-    """Self-prediction and inverse dynamics. The training loop calls `update_target` after each step."""
+    """Self-prediction and inverse dynamics."""
 
     name = "spr_idm"
 
     def __init__(self, args: Args):
         super().__init__()
         self.args = args
-        self.length = HISTORY + 1 + args.prediction_steps  # rows of a sample
+        self.length = HISTORY + 1 + args.prediction_steps
         self.backbone = ResNet(args.width_multiplier, args.blocks)  # f
         self.neck = Neck(self.backbone.channels, len(DQN_REPLAY_GAMES))  # g
         self.head = Head(len(DQN_REPLAY_GAMES))
@@ -128,7 +132,6 @@ class Objective(Method):
         self.target = copy.deepcopy(online).requires_grad_(False)  # f', g'
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of a batch, as `unpack` returns it."""
         stacks = augment(stack_frames(batch["frames"], batch["is_first"]))  # o [b, 1+K, 4, 84, 84]
         action = batch["action"][:, HISTORY:-1]  # [b, K]
         done = batch["terminal"][:, HISTORY:-1].cumsum(1) > 0  # [b, K], the episode ends before the stack ahead
@@ -333,6 +336,7 @@ def augment(stacks: torch.Tensor) -> torch.Tensor:
 
 
 # === games [shared] ===================================================================================================
+# ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
     frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
@@ -352,7 +356,7 @@ def parse_game(name: str, games: list[str]) -> str:
 
 
 # === data [shared] ====================================================================================================
-# The first rows of a replay checkpoint, which is four gzipped .npy files, are prepared once as a shard, a file of ROWs.
+# A replay checkpoint is four gzipped .npy files. Its first rows are prepared once, as a shard: a file of ROWs.
 FIELDS = [("is_first", "?"), ("action", "u1"), ("reward", "i1"), ("terminal", "?"), ("return_to_go", "<f4")]
 ROW = np.dtype([("frame", "u1", (84, 84)), *FIELDS])  # 7,064 bytes; is_first marks an episode's first row
 PADDING = 3  # blank rows before every episode in the dataset
@@ -364,11 +368,11 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
         with gzip.open(path) as file:
             np.lib.format.read_magic(file)
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # as np.save writes it
-            if fortran_order and len(shape) > 1:
+            if fortran_order:
                 raise ValueError("its array is in Fortran order")
             count = int(min(rows, shape[0]))
             content = file.read(count * math.prod(shape[1:]) * dtype.itemsize)
-            file.read(1)  # if that was all, this compares the file's checksum
+            file.read(1)  # at the end of the file, gzip then checks its checksum
         values = np.frombuffer(content, dtype).reshape(count, *shape[1:])
         if most and (values.min(initial=0) < 0 or values.max(initial=0) > most):
             raise ValueError(f"its numbers are not all from 0 to {most}")
@@ -379,18 +383,19 @@ def read_npy(path: Path, rows: float, most: int | None = None) -> np.ndarray:
 
 def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: np.ndarray):
     """Writes the first `rows` rows as a shard. Rewards and terminals may have more rows, for the returns-to-go."""
-    reward = np.sign(np.nan_to_num(reward.astype(np.float32)))
+    reward = np.sign(np.nan_to_num(reward.astype(np.float32)))  # clipped to their signs, as DQN does
     terminal = terminal.astype(bool)
     to_end = np.append(reward[::-1].cumsum()[::-1], 0)  # sum of the rewards of a row and of all later rows
     last = np.append(np.flatnonzero(terminal), len(reward) - 1)  # last rows of the episodes
-    return_to_go = to_end[:rows] - to_end[1 + last[np.searchsorted(last, np.arange(rows))]]
+    end = last[np.searchsorted(last, np.arange(rows))]  # last row of each row's episode
+    return_to_go = to_end[:rows] - to_end[1 + end]
     reward = reward[:rows]
     terminal = terminal[:rows]
 
-    # Padding is what is blank at the beginning of an episode, and of the file, which may begin amid padding.
+    # Padding is blank rows, 3 at most, at the start of an episode. The file may start within padding.
     blank = ~frame.any((1, 2)) & (action == 0) & (reward == 0) & ~terminal
     padding = np.full(rows, False)
-    for first in [0, *np.flatnonzero(terminal) + 1]:
+    for first in [0, *(np.flatnonzero(terminal) + 1)]:
         padding[first : first + PADDING] = np.logical_and.accumulate(blank[first : first + PADDING])
     history = HISTORY if padding[0] else 0  # blank rows that the file's first row needs if it begins an episode
     shard = np.zeros(history + np.count_nonzero(~padding), ROW)
@@ -398,8 +403,7 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
     for name, column in columns.items():
         shard[name][history:] = column[~padding]
     shard["is_first"][1:] = shard["terminal"][:-1]
-    if history > 0:
-        shard["is_first"][history : history + 1] = True  # a slice, as there may be no such row
+    shard["is_first"][history : history + 1] = padding[0]  # a slice, as there may be no such row
     with whole_file(path) as temporary:
         shard.tofile(temporary)
 
@@ -421,6 +425,7 @@ def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
 def prepare_shard(args, rows: int, game: str, run: int, checkpoint: int) -> Path:
     """The shard of a checkpoint's first `rows` rows; it is made unless the cache has it."""
     files = find_files(args, game, run, checkpoint)
+    # Sizes and times are in the name, so that a file that was replaced is prepared again.
     versions = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     path = args.cache_dir / f"{game}_{run}_{checkpoint}_{rows}_{zlib.crc32(repr(versions).encode()):08x}.bin"
     if not path.exists():
@@ -445,7 +450,9 @@ def play_shard(args, rows: int, game: str) -> Path:
         stack, _ = env.reset(seed=0)  # [1, 4, 84, 84]
         rng = np.random.default_rng(0)
         frames = np.zeros((rows, 84, 84), np.uint8)
-        actions, rewards, terminals = np.zeros((3, rows), int)
+        actions = np.zeros(rows, int)
+        rewards = np.zeros(rows, int)
+        terminals = np.zeros(rows, bool)
         for row in range(rows):
             frames[row] = stack[0, -1]
             actions[row] = rng.integers(env.single_action_space.n)
@@ -485,14 +492,14 @@ def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], 
 
 # === windows [shared] =================================================================================================
 class Windows:
-    """Batches of windows, which are `length` consecutive rows of a shard: one read each. Each epoch has a new order.
+    """Batches of windows. A window is `length` consecutive rows of a shard, a sample. Each epoch has a new order.
 
     `part` is "held_out", the last 1% of each shard's windows, or "train", the windows that share no row with those.
     """
 
     def __init__(self, shards: list[tuple[int, Path]], length: int, batch_size: int, seed: int, part: str):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # as every shard stays open
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # as every shard stays open
         self.files = [os.open(path, os.O_RDONLY) for _, path in shards]
         self.game_ids = torch.tensor([game_id for game_id, _ in shards])
         self.length = length
@@ -596,23 +603,25 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
     LOCAL_RANK = int(os.environ["LOCAL_RANK"])
     WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-# Of progress bars. In a file, they are a line every 30 seconds.
-BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+# Options of progress bars. In a log file, a bar prints a line every 30 seconds.
+BAR = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
 def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
     """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
     device = torch.device(device)
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    low = precision == "bf16" or (precision == "auto" and native)
+    native = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
-        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+        print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
     compilers = ["g++", os.environ.get("CXX", "")]
     if device.type == "cuda":
         compilers = ["gcc", "clang", os.environ.get("CC", "")]
     if compiles and not any(shutil.which(name) for name in compilers):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
-    return device, torch.autocast(device.type, torch.bfloat16, low)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # === learning-rate schedule [shared] ==================================================================================
@@ -677,9 +686,9 @@ def save(path: Path, step: int, plain_args: dict, objective: Method, optimizer: 
         torch.save(state, temporary)
 
 
-def mean(rows: list[torch.Tensor]) -> list[float]:
-    """The mean of rows [n] over the list and over all processes. This waits for the device."""
-    values = torch.stack(rows).mean(0)
+def mean(entries: list[torch.Tensor]) -> list[float]:
+    """The mean of entries [n] over the list and over all processes. This waits for the device."""
+    values = torch.stack(entries).mean(0)
     if WORLD_SIZE > 1:
         dist.all_reduce(values)
     return (values / WORLD_SIZE).tolist()
@@ -750,7 +759,7 @@ def train(args: Args) -> None:
         print(f"{run_dir}: {len(args.games)} games, {data.size:,} samples, {held_out.size:,} held out", flush=True)
 
     stops = catch_signals()  # one ends the run after a step
-    steps = start  # that are finished
+    finished = start  # steps
     recent = []  # loss, norm of the gradients and metrics of the steps since the last log entry, on the device
     clock = time.perf_counter()
     bar = tqdm(total=args.total_steps, initial=start, unit="step", disable=RANK > 0, **BAR)
@@ -768,21 +777,22 @@ def train(args: Args) -> None:
         optimizer.zero_grad()  # here, so that the next forward pass can use the gradients' memory
         objective.update_target(step)
 
-        steps = step + 1
-        recent.append(torch.stack([loss.detach(), grad_norm, *metrics.values()]))
+        finished = step + 1
+        recent.append(torch.stack([loss, grad_norm, *metrics.values()]).detach())
         bar.update()
-        last = steps == args.total_steps
+        last = finished == args.total_steps
         stop = bool(stops)
         if WORLD_SIZE > 1:  # all stop at the same step; they ask each other now and then, as that waits for the device
-            stop = steps % 20 == 0 and mean([grad_norm.new_tensor([len(stops)])])[0] > 0
-        evaluates = last or steps % args.eval_every == 0
-        saves = last or stop or steps % args.save_every == 0
-        if not (evaluates or saves or steps % args.log_every == 0):
+            stop = finished % 20 == 0 and mean([grad_norm.new_tensor([len(stops)])])[0] > 0
+        evaluates = last or finished % args.eval_every == 0
+        saves = last or stop or finished % args.save_every == 0
+        if not (evaluates or saves or finished % args.log_every == 0):
             continue  # without waiting for the device
         names = ["losses/loss", "losses/grad_norm", *(f"losses/{name}" for name in metrics)]
         scalars = dict(zip(names, mean(recent), strict=True))
         if not math.isfinite(scalars["losses/loss"] + scalars["losses/grad_norm"]):
-            raise SystemExit(f"Loss or gradient norm is not finite at step {steps}: {scalars}. Last good: {checkpoint}")
+            last_good = f"Last good: {checkpoint}"
+            raise SystemExit(f"Loss or gradient norm is not finite at step {finished}: {scalars}. {last_good}")
         if evaluates:
             scalars |= evaluate(objective, held_out, device, precision)
         rate = len(recent) * args.batch_size / (time.perf_counter() - clock)  # samples per second, evaluations included
@@ -790,13 +800,13 @@ def train(args: Args) -> None:
         bar.set_postfix_str(f"loss {scalars['losses/loss']:.3f}, {rate:.0f} samples/s", refresh=False)
         if RANK == 0:
             for name, value in scalars.items():
-                writer.add_scalar(name, value, steps)
+                writer.add_scalar(name, value, finished)
             picture = objective.picture(unpack(*held_out.batch(0), device)) if evaluates else None
             if picture is not None:
-                writer.add_image("eval/picture", picture, steps)
+                writer.add_image("eval/picture", picture, finished)
             if saves:
                 writer.flush()  # first, so that nothing before the checkpoint is missing from the charts
-                save(checkpoint, steps, plain_args, objective, optimizer)
+                save(checkpoint, finished, plain_args, objective, optimizer)
         if stop:
             break
         recent = []
@@ -805,11 +815,11 @@ def train(args: Args) -> None:
     bar.close()
     if RANK == 0:
         writer.close()
-        print(f"{checkpoint}: {steps} of {args.total_steps} steps done", flush=True)
+        print(f"{checkpoint}: {finished} of {args.total_steps} steps done", flush=True)
     if WORLD_SIZE > 1:
         dist.barrier()  # until the checkpoint is written: torchrun kills the others once one has ended
         dist.destroy_process_group()
-    if steps < args.total_steps:
+    if finished < args.total_steps:
         raise SystemExit("Stopped by a signal. To go on: --resume")
 
 

@@ -400,23 +400,25 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK = int(os.environ["RANK"])
     LOCAL_RANK = int(os.environ["LOCAL_RANK"])
     WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-# Of progress bars. In a file, they are a line every 30 seconds.
-BAR = {"mininterval": 0.1, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+# Options of progress bars. In a log file, a bar prints a line every 30 seconds.
+BAR = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
 
 
 def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.device, torch.autocast]:
     """The device, and autocast to bfloat16 if `precision` is bf16, or is auto and the hardware supports it"""
     device = torch.device(device)
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    low = precision == "bf16" or (precision == "auto" and native)
+    native = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
-        print(f"Device: {device}, precision: {'bfloat16' if low else 'float32'}", flush=True)
+        print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
     compilers = ["g++", os.environ.get("CXX", "")]
     if device.type == "cuda":
         compilers = ["gcc", "clang", os.environ.get("CC", "")]
     if compiles and not any(shutil.which(name) for name in compilers):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
-    return device, torch.autocast(device.type, torch.bfloat16, low)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # === files [shared] ===================================================================================================
@@ -445,6 +447,7 @@ def expand_user(args) -> None:
 
 
 # === games [shared] ===================================================================================================
+# ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
     centipede chopper_command crazy_climber demon_attack double_dunk elevator_action enduro fishing_derby freeway
     frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master montezuma_revenge ms_pacman
@@ -487,8 +490,9 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
     clock = time.perf_counter()
     for step in range(replay.rows, args.total_steps):
-        rng = np.random.default_rng([args.seed, step])  # of the exploration and of the replay's draws
-        torch.manual_seed(int(rng.integers(2**32)))  # of the augmentation; PyTorch's CPU generator uses 32 bits
+        # Augmentation depends on seed and step alone, mixed: PyTorch's CPU generator uses 32 bits of a seed.
+        torch.manual_seed(int(np.random.default_rng([args.seed, step]).integers(2**32)))
+        rng = np.random.default_rng([args.seed, step, 1])  # of the exploration and of the replay's draws
         epsilon = np.interp(step, exploration, [1, args.exploration_final])
         if rng.random() < epsilon:
             action = int(rng.integers(env.num_actions))

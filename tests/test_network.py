@@ -355,10 +355,10 @@ def test_forward_takes_the_right_rows(name, monkeypatch):
         key, game_id, done = rest
         assert shows(key, last) and last == 3 and done.tolist() == [False, True, True, True]
     elif name == "mae":
-        target, game_id = rest
-        assert shows(target, 0)
+        target, game_id, noise = rest
+        assert shows(target, 0) and noise.shape == (4, 36)
     elif name == "siammae":
-        future, target, game_id = rest
+        future, target, game_id, _ = rest
         later = [offset for i in range(4) for offset in (1, 2, 3) if shows(future[i], offset)]
         assert len(later) == 4 and torch.allclose(future, target)
     elif name == "r3m":
