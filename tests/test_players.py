@@ -219,7 +219,7 @@ def test_table_of_scores(tmp_path):
     assert float(rate.replace(",", "")) > 0
 
 
-EPISODES = {"surround": 3, "tennis": 5, "pong": 10}  # which are long; 20 of the others
+EPISODES = {"surround": 8, "tennis": 5, "pong": 10}  # which are long; 20 of the others
 
 
 @pytest.mark.slow
