@@ -237,17 +237,17 @@ class NormWithoutParameters(nn.GroupNorm):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_resnet_equals_torchvision(memory_format):
     torch.manual_seed(0)
-    ours = atc.ResNet(1.0, (3, 4, 6, 3)).to(memory_format=memory_format)
+    ours = atc.ResNet(1.0, (3, 4, 6, 3)).to(torch.float64, memory_format=memory_format)
     theirs = torchvision.models.resnet50(norm_layer=NormWithoutParameters)
     theirs.conv1, theirs.maxpool = nn.Conv2d(4, 64, 7, 2, 3, bias=False), nn.Identity()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected
     assert all("bn" in name or "downsample.1" in name or name.startswith("fc.") for name in missing)
     assert sum(parameter.numel() for parameter in ours.parameters()) == 23_458_048
-    x = torch.rand(2, 4, 84, 84).to(memory_format=memory_format)
-    features = nn.Sequential(*list(theirs.children())[:-2])  # without average pooling and classifier
+    x = torch.rand(2, 4, 84, 84).to(torch.float64, memory_format=memory_format)
+    features = nn.Sequential(*list(theirs.double().children())[:-2])  # without average pooling and classifier
     assert ours(x).shape == (2, 2048, 6, 6)
-    torch.testing.assert_close(ours(x), features(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x), features(x), rtol=1e-10, atol=1e-10)
 
 
 def test_game_linear_is_a_matrix_for_each_game():
