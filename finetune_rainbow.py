@@ -7,13 +7,17 @@
 
 A new neck g and head h on the frozen backbone f learn the distribution of the return of each action a: 51 atoms z from
 -10 to 10 have the probabilities p(o, a) = softmax(h(g(f(o)))[a]) (C51, 1707.06887), and Q = sum_j z_j p_j. The target
-network p' is p with averaged weights. Transitions i are drawn in proportion to priority_i^0.5 (1511.05952). At step s:
+network p' is p with averaged weights; o is a stack of 4 frames. A transition i is drawn with probability P_i, which is
+proportional to priority_i^0.5 (1511.05952). It begins at step s:
 
     G    = sum_{k<n} gamma^k sign(r_{s+k})       n-step return up to a lost life or the game's end; n = 10
     a*   = argmax_a Q(o_{s+n}, a)                double Q-learning (1509.06461)
     m    = p'(o_{s+n}, a*) moved to the atoms G + gamma^n z (G, if an episode ended), and projected onto z
-    L_i  = -sum_j m_j log p(o_s, a_s)_j          cross-entropy, the new priority
-    loss = mean_i w_i L_i                        w_i = priority_i^(-0.5 beta) / max_j w_j
+    L_i  = -sum_j m_j log p(o_s, a_s)_j          cross-entropy; also the new priority_i
+    loss = mean_i w_i L_i                        w_i = (min_k P_k / P_i)^beta over the batch; beta rises to 1
+
+Unlike the Rainbow of 1710.02298, this one has no dueling head and no noisy layers: it explores epsilon-greedily. The
+target network chooses the actions. Updates see randomly shifted and brightened frames.
 
     python finetune_rainbow.py --game pong --checkpoint runs/pretrain_atc__0/checkpoint.pt
     python finetune_rainbow.py --game pong                            # baseline "random": a frozen random backbone
@@ -71,7 +75,7 @@ class Args:
     atoms: int = 51  # atoms of the return's distribution
     max_return: float = 10.0  # the last atom; the first one is minus this
     priority_exponent: float = 0.5  # of prioritised replay; 0 draws all transitions alike
-    importance_exponent: float = 0.4  # beta of prioritised replay at the first update, annealed to 1 at the last
+    importance_exponent: float = 0.4  # beta of prioritised replay at the first update, annealed to 1 at the end
     exploration_steps: int = 10_000  # agent steps after learning_starts over which epsilon falls linearly from 1
     exploration_final: float = 0.01  # epsilon after that: the probability of a random action
 
@@ -104,7 +108,7 @@ class Rainbow(nn.Module):
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
-        if self.frozen:  # f = f': both networks have the same module
+        if self.frozen:  # f' = f: both networks share the module
             self.target.backbone = network.backbone.eval()
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z [atoms]
         self.to(device, memory_format=torch.channels_last)
@@ -115,7 +119,7 @@ class Rainbow(nn.Module):
         self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # as its first steps are not captured
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning: Graph's first 3 steps are uncaptured
         if args.compile:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.act = torch.compile(self.act, dynamic=False)
@@ -139,7 +143,8 @@ class Rainbow(nn.Module):
             atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
             m = project(p, atoms, self.support)  # [b, atoms]
         logits = self.online(maps)[i, action]  # [b, atoms]
-        cross_entropy = (m * -logits.log_softmax(1)).sum(1).clamp(1e-5, 1e5)  # as in the original: no priority is 0
+        cross_entropy = -(m * logits.log_softmax(1)).sum(1)  # L [b]
+        cross_entropy = cross_entropy.clamp(1e-5, 1e5)  # as in the original code: a priority of 0 is never drawn again
         return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
 
     def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
@@ -169,11 +174,15 @@ class Rainbow(nn.Module):
 
 # === distributional returns [shared] ==================================================================================
 def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
+    """Projects the probabilities of any atoms, [b, n] both, onto the support [n] (1707.06887, algorithm 1).
+
+    Each probability is split linearly between the two points of the support next to its atom -> [b, n]
+    """
     last = len(support) - 1
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
     distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
-    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
+    share = (1 - distance).clamp(min=0)  # 1 where the atom is on the point, 0 from the next point on
+    return (probabilities[:, :, None] * share).sum(1)
 
 
 # === networks =========================================================================================================
@@ -229,18 +238,22 @@ class Replay:
 
 
 # === transitions [shared] =============================================================================================
-# is_first: o is a game's first frame. life_over: an episode for learning ends with this step, as a life is lost or the
-# game is over. game_over: the game ends with this step, lost, won or cut off.
+# is_first: the row's frame is the first of a game. life_over: an episode for learning ends with this step, as a life is
+# lost or the game is over. game_over: the game ends with this step, lost, won or cut off.
 TRANSITION = np.dtype([("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("life_over", "?"), ("game_over", "?")])
 
 
 def make_batch(replay, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What an update needs of b samples: action a, n_step_return G and done [b]; frames uint8 [2b, 4, 84, 84] and
-    is_first [2b, 4] of their stacks, then of those n steps later, or again of their own where done."""
+    """The batch of b rows: action a_s, n_step_return G and done [b]; frames uint8 [2b, 4, 84, 84] and is_first [2b, 4].
+
+    The first b windows of frames are those of o_s, the others those of o_s+n. Where done, o_s stands for o_s+n: the
+    target is G alone, so that any stack will do.
+    """
     size = len(replay.frames)  # in a replay that is a ring, the first row follows the last one
     steps = replay.transitions[(rows[:, None] + np.arange(replay.n_steps)) % size]  # [b, n]
-    ended = steps["life_over"].cumsum(1) - steps["life_over"] > 0  # [b, n], before this step
-    n_step_return = (np.sign(steps["reward"]) * ~ended) @ replay.discount ** np.arange(replay.n_steps)
+    ended = steps["life_over"].cumsum(1) - steps["life_over"] > 0  # [b, n], whether an earlier step ended the episode
+    discounts = replay.discount ** np.arange(replay.n_steps)  # gamma^k [n]
+    n_step_return = (np.sign(steps["reward"]) * ~ended) @ discounts  # G [b]
     done = steps["life_over"].any(1)  # an episode for learning ends within the n steps: no return follows them
     newest = np.concatenate([rows, np.where(done, rows, rows + replay.n_steps)])  # [2b], the stacks' last rows
     window = (newest[:, None] + np.arange(-HISTORY, 1)) % size  # [2b, 4]
@@ -301,7 +314,10 @@ class Environment:
         seed = int(np.random.default_rng([self.args.seed, episode]).integers(2**30))
         stacks, info = self.env.reset(seed=seed)
         self.stack, self.lives = stacks[0], info["lives"][0]  # stack [4, 84, 84]
-        self.episode, self.actions, self.score, self.game_over = episode, [], 0.0, False
+        self.episode = episode
+        self.actions = []  # since the reset
+        self.score = 0.0
+        self.game_over = False
 
     def step(self, action: int) -> tuple:
         """Plays a step and returns its row for `Replay.add`."""
@@ -677,6 +693,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     exploration = [args.learning_starts, args.learning_starts + args.exploration_steps]
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
     recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
+    logged = replay.rows  # steps played until that entry
     clock = time.perf_counter()
     for step in range(replay.rows, args.total_steps):
         # Augmentation depends on seed and step alone, mixed: PyTorch's CPU generator uses 32 bits of a seed.
@@ -694,7 +711,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             writer.add_scalar("charts/episodic_length", len(env.actions), played)
             env.reset(env.episode + 1)
 
-        # Up to a step so many updates are made in all; --updates-per-step may be a fraction.
+        # The updates due before and after this step, rounded down: --updates-per-step may be a fraction.
         updates_before = int(max(0, step - args.learning_starts) * args.updates_per_step)
         updates_after = int(max(0, played - args.learning_starts) * args.updates_per_step)
         for i in range(updates_before, updates_after):
@@ -709,13 +726,14 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             recent.append([values[0], values[1], q.mean(), target_q.mean()])
 
         if recent and played % args.log_every == 0:
-            rate = len(recent) / args.updates_per_step / (time.perf_counter() - clock)  # agent steps per second
+            rate = (played - logged) / (time.perf_counter() - clock)  # agent steps per second
             scalars = {"charts/SPS": rate, "charts/epsilon": epsilon, "charts/beta": beta}
             names = ("losses/loss", "losses/grad_norm", "losses/q", "losses/target_q")
             scalars |= dict(zip(names, np.mean(recent, 0), strict=True))
             for name, value in scalars.items():
                 writer.add_scalar(name, value, played)
             recent = []
+            logged = played
             clock = time.perf_counter()
         yield played  # here the caller shows the progress, and may write a checkpoint
 
@@ -742,8 +760,7 @@ def finetune(args: Args) -> None:
         return
 
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
-    for folder in (run_dir, result.parent):
-        make_folder(folder)
+    make_folder(run_dir)
     result.unlink(missing_ok=True)  # from now on, an old result does not count
     writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
     with whole_file(run_dir / "args.json") as temporary:
@@ -756,7 +773,7 @@ def finetune(args: Args) -> None:
     for _ in bar:
         bar.set_postfix_str(f"score {env.score:g}", refresh=False)
 
-    # The score of the target network, which has been the player in training, too
+    # The target network has played in training. It is saved, and plays the evaluation.
     parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
     with whole_file(run_dir / "policy.pt") as temporary:
         torch.save({part: getattr(model.target, part).state_dict() for part in parts}, temporary)

@@ -182,11 +182,15 @@ class Objective(Method):
 
 # === distributional returns [shared] ==================================================================================
 def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
+    """Projects the probabilities of any atoms, [b, n] both, onto the support [n] (1707.06887, algorithm 1).
+
+    Each probability is split linearly between the two points of the support next to its atom -> [b, n]
+    """
     last = len(support) - 1
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
     distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
-    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
+    share = (1 - distance).clamp(min=0)  # 1 where the atom is on the point, 0 from the next point on
+    return (probabilities[:, :, None] * share).sum(1)
 
 
 # === momentum networks [shared] =======================================================================================

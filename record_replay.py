@@ -95,7 +95,7 @@ class Rainbow(nn.Module):
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
-        if self.frozen:  # f = f': both networks have the same module
+        if self.frozen:  # f' = f: both networks share the module
             self.target.backbone = network.backbone.eval()
         self.register_buffer("support", torch.linspace(-args.max_return, args.max_return, args.atoms))  # z [atoms]
         self.to(device, memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ class Rainbow(nn.Module):
         self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # as its first steps are not captured
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning: Graph's first 3 steps are uncaptured
         if args.compile:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.act = torch.compile(self.act, dynamic=False)
@@ -130,7 +130,8 @@ class Rainbow(nn.Module):
             atoms = n_step_return[:, None] + discount[:, None] * self.support  # [b, atoms]
             m = project(p, atoms, self.support)  # [b, atoms]
         logits = self.online(maps)[i, action]  # [b, atoms]
-        cross_entropy = (m * -logits.log_softmax(1)).sum(1).clamp(1e-5, 1e5)  # as in the original: no priority is 0
+        cross_entropy = -(m * logits.log_softmax(1)).sum(1)  # L [b]
+        cross_entropy = cross_entropy.clamp(1e-5, 1e5)  # as in the original code: a priority of 0 is never drawn again
         return torch.stack([cross_entropy, self.q(logits.detach()), (p * atoms).sum(1)])
 
     def update(self, frames, is_first, action, n_step_return, done, weight) -> torch.Tensor:
@@ -160,11 +161,15 @@ class Rainbow(nn.Module):
 
 # === distributional returns [shared] ==================================================================================
 def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Moves the probabilities of atoms, [b, n] both, to the nearest points of the support [n] (1707.06887, alg. 1)"""
+    """Projects the probabilities of any atoms, [b, n] both, onto the support [n] (1707.06887, algorithm 1).
+
+    Each probability is split linearly between the two points of the support next to its atom -> [b, n]
+    """
     last = len(support) - 1
     position = ((atoms - support[0]) / (support[last] - support[0]) * last).clamp(0, last)  # [b, n], 0 to n - 1
     distance = (position[:, :, None] - torch.arange(last + 1, device=support.device)).abs()  # [b, n, n], to each point
-    return (probabilities[:, :, None] * (1 - distance).clamp(min=0)).sum(1)
+    share = (1 - distance).clamp(min=0)  # 1 where the atom is on the point, 0 from the next point on
+    return (probabilities[:, :, None] * share).sum(1)
 
 
 # === network ==========================================================================================================
@@ -279,18 +284,22 @@ class Replay:
 
 
 # === transitions [shared] =============================================================================================
-# is_first: o is a game's first frame. life_over: an episode for learning ends with this step, as a life is lost or the
-# game is over. game_over: the game ends with this step, lost, won or cut off.
+# is_first: the row's frame is the first of a game. life_over: an episode for learning ends with this step, as a life is
+# lost or the game is over. game_over: the game ends with this step, lost, won or cut off.
 TRANSITION = np.dtype([("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("life_over", "?"), ("game_over", "?")])
 
 
 def make_batch(replay, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What an update needs of b samples: action a, n_step_return G and done [b]; frames uint8 [2b, 4, 84, 84] and
-    is_first [2b, 4] of their stacks, then of those n steps later, or again of their own where done."""
+    """The batch of b rows: action a_s, n_step_return G and done [b]; frames uint8 [2b, 4, 84, 84] and is_first [2b, 4].
+
+    The first b windows of frames are those of o_s, the others those of o_s+n. Where done, o_s stands for o_s+n: the
+    target is G alone, so that any stack will do.
+    """
     size = len(replay.frames)  # in a replay that is a ring, the first row follows the last one
     steps = replay.transitions[(rows[:, None] + np.arange(replay.n_steps)) % size]  # [b, n]
-    ended = steps["life_over"].cumsum(1) - steps["life_over"] > 0  # [b, n], before this step
-    n_step_return = (np.sign(steps["reward"]) * ~ended) @ replay.discount ** np.arange(replay.n_steps)
+    ended = steps["life_over"].cumsum(1) - steps["life_over"] > 0  # [b, n], whether an earlier step ended the episode
+    discounts = replay.discount ** np.arange(replay.n_steps)  # gamma^k [n]
+    n_step_return = (np.sign(steps["reward"]) * ~ended) @ discounts  # G [b]
     done = steps["life_over"].any(1)  # an episode for learning ends within the n steps: no return follows them
     newest = np.concatenate([rows, np.where(done, rows, rows + replay.n_steps)])  # [2b], the stacks' last rows
     window = (newest[:, None] + np.arange(-HISTORY, 1)) % size  # [2b, 4]
@@ -351,7 +360,10 @@ class Environment:
         seed = int(np.random.default_rng([self.args.seed, episode]).integers(2**30))
         stacks, info = self.env.reset(seed=seed)
         self.stack, self.lives = stacks[0], info["lives"][0]  # stack [4, 84, 84]
-        self.episode, self.actions, self.score, self.game_over = episode, [], 0.0, False
+        self.episode = episode
+        self.actions = []  # since the reset
+        self.score = 0.0
+        self.game_over = False
 
     def step(self, action: int) -> tuple:
         """Plays a step and returns its row for `Replay.add`."""
@@ -488,6 +500,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
     exploration = [args.learning_starts, args.learning_starts + args.exploration_steps]
     last_update = int((args.total_steps - args.learning_starts) * args.updates_per_step)
     recent = []  # loss, gradient norm, Q and its target of the updates since the last entry in TensorBoard
+    logged = replay.rows  # steps played until that entry
     clock = time.perf_counter()
     for step in range(replay.rows, args.total_steps):
         # Augmentation depends on seed and step alone, mixed: PyTorch's CPU generator uses 32 bits of a seed.
@@ -505,7 +518,7 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             writer.add_scalar("charts/episodic_length", len(env.actions), played)
             env.reset(env.episode + 1)
 
-        # Up to a step so many updates are made in all; --updates-per-step may be a fraction.
+        # The updates due before and after this step, rounded down: --updates-per-step may be a fraction.
         updates_before = int(max(0, step - args.learning_starts) * args.updates_per_step)
         updates_after = int(max(0, played - args.learning_starts) * args.updates_per_step)
         for i in range(updates_before, updates_after):
@@ -520,13 +533,14 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             recent.append([values[0], values[1], q.mean(), target_q.mean()])
 
         if recent and played % args.log_every == 0:
-            rate = len(recent) / args.updates_per_step / (time.perf_counter() - clock)  # agent steps per second
+            rate = (played - logged) / (time.perf_counter() - clock)  # agent steps per second
             scalars = {"charts/SPS": rate, "charts/epsilon": epsilon, "charts/beta": beta}
             names = ("losses/loss", "losses/grad_norm", "losses/q", "losses/target_q")
             scalars |= dict(zip(names, np.mean(recent, 0), strict=True))
             for name, value in scalars.items():
                 writer.add_scalar(name, value, played)
             recent = []
+            logged = played
             clock = time.perf_counter()
         yield played  # here the caller shows the progress, and may write a checkpoint
 
