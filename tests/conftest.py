@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 ROOT = Path(__file__).resolve().parent.parent
 GAMES = ("pong", "ms_pacman", "breakout", "freeway")
 PRETRAINING = sorted(path.name for path in ROOT.glob("pretrain_*.py"))

@@ -80,9 +80,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
 
 
 def start(script: str, *args, cwd: Path, **options) -> subprocess.Popen:
-    """A process that does not ignore SIGINT, as processes in the background of a shell do."""
-    default = "import os, sys, signal as s; s.signal(s.SIGINT, s.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-c", default, sys.executable, str(ROOT / script), *map(str, args)]
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment()} | options
     return subprocess.Popen(command, cwd=cwd, **options)
 
