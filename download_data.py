@@ -21,7 +21,6 @@ import gzip
 import io
 import os
 import sys
-import tempfile
 import time
 import traceback
 import uuid
@@ -69,22 +68,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     yield temporary
     temporary.replace(path)
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
 
 
 # === games [shared] ===================================================================================================
@@ -164,7 +147,7 @@ class Checkpoint:
 
 
 def game_folder(data_dir: Path, game: str) -> Path:
-    return data_dir / "".join(word.capitalize() for word in game.split("_"))
+    return data_dir.expanduser() / "".join(word.capitalize() for word in game.split("_"))
 
 
 def replay_file(data_dir: Path, game: str, run: int, checkpoint: int, field: str) -> Path:
@@ -181,7 +164,7 @@ def claim_folder(args: Args, game: str) -> None:
         advice = f"Choose another --data-dir or, if it is from {args.source} all the same, write that word into {note}"
         raise SystemExit(f"{folder} has data from {source}, not from {args.source}. {advice}.")
     if source != args.source:
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with whole_file(note) as temporary:
             temporary.write_text(f"{args.source}\n")
 
@@ -473,7 +456,6 @@ def show_table(data_dir: Path, jobs: list[tuple[str, int, int]]) -> None:
 
 
 def main(args: Args) -> None:
-    expand_user(args)
     args.url = os.path.expanduser(args.url)
     games = choose_games(args.source, args.games)
     runs, checkpoints = set(args.runs), set(args.checkpoints)
@@ -500,7 +482,7 @@ def main(args: Args) -> None:
     for job in jobs:
         file = replay_file(args.data_dir, *job, "observation")
         if not file.exists():
-            make_folder(file.parent)
+            file.parent.mkdir(parents=True, exist_ok=True)
             missing.append(job)
         elif (rows := read_checkpoint(args.data_dir, *job)[0]) != args.rows_per_checkpoint + 1:
             raise SystemExit(f"{file} is there for --rows-per-checkpoint {rows - 1}. Choose that, or delete the file.")

@@ -38,7 +38,6 @@ import csv
 import io
 import itertools
 import json
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -167,22 +166,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
-
-
 # === games [shared] ===================================================================================================
 # ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
@@ -203,7 +186,7 @@ def parse_game(name: str, games: list[str]) -> str:
     raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
-# === scores [shared] ==================================================================================================
+# === scores ===========================================================================================================
 # Scores of a random agent and of the reference: DQN after 50M frames; for far-OOD games, Rainbow after 2M agent steps.
 TABLE = """
     air_raid 579.25 7479.5, alien 227.8 2484.49, amidar 5.8 1207.74, assault 222.4 1525.24, asterix 210.0 2711.41,
@@ -302,9 +285,9 @@ def read_csv(path: Path) -> list[dict]:
 
 def read(args: Args) -> list[dict]:
     if args.csv:
-        return read_csv(args.csv)
+        return read_csv(args.csv.expanduser())
     results = []
-    for path in sorted(args.results.glob("*/*/*/seed*.json")):
+    for path in sorted(args.results.expanduser().glob("*/*/*/seed*.json")):
         try:
             results.append(parse(f"{path}", json.loads(path.read_text())))
         except ValueError as error:
@@ -511,7 +494,6 @@ def draw(tables: dict, facts: dict, name: str, caption: str) -> Figure:
 
 # === main =============================================================================================================
 def report(args: Args) -> None:
-    expand_user(args)
     if args.resamples < 1:
         raise SystemExit("--resamples must be at least 1.")
     results = load(args)
@@ -525,7 +507,8 @@ def report(args: Args) -> None:
             raise SystemExit("\n".join([*lines, "Evaluate the rest, choose other --methods, or use --allow-missing."]))
     over = args.improvement_over or "random" * ("random" in methods)
     choose("--improvement-over", (over,) if over else (), methods)
-    make_folder(args.output_dir)
+    args.output_dir = args.output_dir.expanduser()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     tables, facts, text = {suite: {} for suite in suites}, {suite: {} for suite in suites}, ""
     for suite, split in itertools.product(suites, SPLITS):

@@ -67,10 +67,7 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
-    compilers = ["g++", os.environ.get("CXX", "")]
-    if device.type == "cuda":
-        compilers = ["gcc", "clang", os.environ.get("CC", "")]
-    if compiles and not any(shutil.which(name) for name in compilers):
+    if compiles and not any(shutil.which(name) for name in ("gcc", "clang", os.environ.get("CC", ""))):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -355,22 +352,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
-
-
 # === games [shared] ===================================================================================================
 # ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
@@ -398,7 +379,7 @@ def load_checkpoint(path: Path) -> dict:
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(code)) for code in codes)]
     try:
         with torch.serialization.safe_globals(allowed):  # the authors' DT files hold NumPy scalars
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path.expanduser(), map_location="cpu", weights_only=True, mmap=True)
         for part in ["backbone", *(content.keys() & {"neck", "head"})]:
             state, content[part] = content[part], {}
             for name, value in state.items():
@@ -482,7 +463,7 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
 
 
 def game_folder(data_dir: Path, game: str) -> Path:
-    return data_dir / "".join(word.capitalize() for word in game.split("_"))
+    return data_dir.expanduser() / "".join(word.capitalize() for word in game.split("_"))
 
 
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
@@ -538,7 +519,8 @@ def play_shard(args, rows: int, game: str) -> Path:
 
 def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
-    make_folder(args.cache_dir)
+    args.cache_dir = args.cache_dir.expanduser()  # as the shell leaves the ~ of --cache-dir=~/x
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
         make = play_shard
@@ -646,8 +628,6 @@ def draw(results: dict, constant: dict) -> Figure:
 
 
 def main(args: Args) -> None:
-    expand_user(args)
-    args.models = tuple(path.expanduser() for path in args.models)
     for name in "play_rows samples epochs batch_size rank_samples resamples rank_resamples".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
@@ -657,7 +637,9 @@ def main(args: Args) -> None:
         raise SystemExit("--models go by the names of their folders, and two have the same one: rename a folder.")
     device, precision = set_up_device(args.device, args.precision, compiles=False)
     networks = {name: Features(args, path).to(device).eval() for name, path in paths.items()}
-    make_folder(args.output_dir)
+    args.output_dir = args.output_dir.expanduser()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output_dir).close()  # fails now, not after the work, if it cannot be written
     samples, results = Samples(args, games), {}
     for name, network in networks.items():
         results[name] = measure(extract(network, samples, precision), samples, args)

@@ -67,10 +67,7 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
-    compilers = ["g++", os.environ.get("CXX", "")]
-    if device.type == "cuda":
-        compilers = ["gcc", "clang", os.environ.get("CC", "")]
-    if compiles and not any(shutil.which(name) for name in compilers):
+    if compiles and not any(shutil.which(name) for name in ("gcc", "clang", os.environ.get("CC", ""))):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -253,22 +250,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
-
-
 # === games [shared] ===================================================================================================
 # ID, in distribution: for pre-training. OOD, out of distribution: for fine-tuning alone.
 ID_GAMES = """air_raid amidar asteroids atlantis bank_heist battle_zone berzerk bowling boxing breakout carnival
@@ -289,33 +270,6 @@ def parse_game(name: str, games: list[str]) -> str:
     raise SystemExit(f"Unknown game {name!r}. Choose from: {' '.join(games)}")
 
 
-# === scores [shared] ==================================================================================================
-# Scores of a random agent and of the reference: DQN after 50M frames; for far-OOD games, Rainbow after 2M agent steps.
-TABLE = """
-    air_raid 579.25 7479.5, alien 227.8 2484.49, amidar 5.8 1207.74, assault 222.4 1525.24, asterix 210.0 2711.41,
-    asteroids 719.1 698.37, atlantis 12850.0 853640.0, bank_heist 14.2 601.79, basic_math 0.0033 3.57,
-    battle_zone 2360.0 17784.84, beam_rider 363.9 5852.42, berzerk 123.7 487.48, bowling 23.1 30.12, boxing 0.1 77.99,
-    breakout 1.7 96.23, carnival 700.8 4784.84, centipede 2090.9 2583.03, chopper_command 811.0 2690.61,
-    crazy_climber 10780.5 104568.76, demon_attack 152.1 6361.58, double_dunk -18.6 -6.54, elevator_action 4387.0 439.77,
-    enduro 0.0 628.91, fishing_derby -91.7 0.58, freeway 0.0 26.27, frostbite 65.2 367.07, gopher 257.6 5479.9,
-    gravitar 173.0 330.07, hero 1027.0 17325.44, human_cannonball 1.0767 5.56, ice_hockey -11.2 -5.84,
-    jamesbond 29.0 573.31, journey_escape -19977.0 -3671.09, kangaroo 52.0 11485.98, klax 0.3734 2124.75,
-    krull 1598.0 6097.63, kung_fu_master 258.5 23435.38, montezuma_revenge 0.0 0.0, ms_pacman 307.3 3402.4,
-    name_this_game 2292.3 7278.65, othello -21.3233 -2.01, phoenix 761.4 4996.58, pitfall -229.4 -73.81,
-    pong -20.7 16.61, pooyan 371.2 3211.96, private_eye 24.9 -16.04, qbert 163.9 10117.5, riverraid 1338.5 11638.93,
-    road_runner 11.5 36925.47, robotank 2.2 59.77, seaquest 68.4 1600.66, skiing -17098.1 -15824.61,
-    solaris 1236.3 1436.4, space_invaders 148.0 1794.24, star_gunner 664.0 42165.22, surround -9.9833 -7.81,
-    tennis -23.8 -1.5, time_pilot 3568.0 3654.37, tutankham 11.4 103.84, up_n_down 533.4 8488.31, venture 0.0 39.13,
-    video_pinball 16256.9 63406.11, wizard_of_wor 563.5 2065.8, yars_revenge 3092.9 23909.38, zaxxon 32.5 4538.57"""
-SCORES = {game: (float(random), float(reference)) for game, random, reference in map(str.split, TABLE.split(","))}
-
-
-def normalize(game: str, score: float) -> float:
-    """DQN-normalised score, (score - low) / (high - low), where low and high are the two scores of the game, sorted"""
-    low, high = sorted(SCORES[game])
-    return (score - low) / (high - low + 1e-6)  # as in the original code: both are 0 in montezuma_revenge
-
-
 # === checkpoint files [shared] ========================================================================================
 def load_checkpoint(path: Path) -> dict:
     """Content of a checkpoint of a pretrain_*.py run or of the benchmark's authors, whose names become ours."""
@@ -323,7 +277,7 @@ def load_checkpoint(path: Path) -> dict:
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(code)) for code in codes)]
     try:
         with torch.serialization.safe_globals(allowed):  # the authors' DT files hold NumPy scalars
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path.expanduser(), map_location="cpu", weights_only=True, mmap=True)
         for part in ["backbone", *(content.keys() & {"neck", "head"})]:
             state, content[part] = content[part], {}
             for name, value in state.items():
@@ -427,7 +381,7 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
 
 
 def game_folder(data_dir: Path, game: str) -> Path:
-    return data_dir / "".join(word.capitalize() for word in game.split("_"))
+    return data_dir.expanduser() / "".join(word.capitalize() for word in game.split("_"))
 
 
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
@@ -483,7 +437,8 @@ def play_shard(args, rows: int, game: str) -> Path:
 
 def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
-    make_folder(args.cache_dir)
+    args.cache_dir = args.cache_dir.expanduser()  # as the shell leaves the ~ of --cache-dir=~/x
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
         make = play_shard
@@ -567,7 +522,7 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
     if "/" in method or method in (".", ".."):
         raise SystemExit(f"--method {method} is no name for a folder: choose one without a slash.")
-    path = args.results / suite / method / game / f"seed{args.seed}.json"
+    path = args.results.expanduser() / suite / method / game / f"seed{args.seed}.json"
     plain_args = json.loads(json.dumps(asdict(args) | facts | {"game": game, "method": method}, default=str))
     if path.exists() and not args.overwrite:
         old = json.loads(path.read_text())["args"]
@@ -577,7 +532,8 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
             raise SystemExit(f"{path} was made with {changed}. Choose another --method, or --overwrite.")
         print(f"{path} is there already. To make it again: --overwrite")
     else:
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # fails now, not after the training, if it cannot be written
     return path, plain_args
 
 
@@ -587,14 +543,13 @@ def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
     sources = [args["data"], args["pretraining"] and args["pretraining"]["data"]]
     result = {"suite": path.parts[-4], "method": path.parts[-3], "game": game, "seed": args["seed"]}
     result["split"] = "id" if game in ID_GAMES else "near_ood" if game in NEAR_OOD_GAMES else "far_ood"
-    result |= {"score": scores.mean(), "normalized_score": normalize(game, scores.mean())}
-    result |= {"smoke_test": "random_play" in sources or evaluation != [100, 27_000, 0.001]}
+    result |= {"score": scores.mean(), "smoke_test": "random_play" in sources or evaluation != [100, 27_000, 0.001]}
     result |= {name: args[name] for name in ("checkpoint", "backbone", "pretraining", "data")}
     result |= {"episode_scores": scores.tolist(), "args": args}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, np, ale_py)}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2))
-    print(f"{path}: {result['score']:.2f} points, normalised {result['normalized_score']:.3f}", flush=True)
+    print(f"{path}: {scores.mean():.2f} points", flush=True)
 
 
 # === fine-tuning ======================================================================================================
@@ -602,16 +557,15 @@ MAY_CHANGE = "checkpoint cache_dir play_rows device compile results overwrite lo
 
 
 def finetune(args: Args) -> None:
-    expand_user(args)
     for name in ("epochs", "batch_size", "play_rows", "eval_episodes", "max_episode_steps", "log_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
-    game = parse_game(args.game, sorted(SCORES))
+    game = parse_game(args.game, [*DQN_REPLAY_GAMES, *FAR_OOD_GAMES])
     device, precision = set_up_device(args.device, args.precision, args.compile)
     recorded = game in FAR_OOD_GAMES  # by record_replay.py; the second million of steps is checkpoint 2
     args.runs = tuple(dict.fromkeys(args.runs)) or ((1,) if recorded else (1, 2, 3, 4, 5))
     args.checkpoints = tuple(dict.fromkeys(args.checkpoints)) or ((2,) if recorded else (50,))
-    args.data_dir = args.data_dir and args.data_dir.resolve()
+    args.data_dir = args.data_dir and args.data_dir.expanduser().resolve()
     torch.manual_seed(args.seed)
     backbone, method, facts = make_backbone(args)
     shards, source = prepare(args, [game], args.num_transitions // (len(args.runs) * len(args.checkpoints)))
@@ -638,7 +592,7 @@ def finetune(args: Args) -> None:
     learned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
-    make_folder(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
     writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
     with whole_file(run_dir / "args.json") as temporary:

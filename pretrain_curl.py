@@ -30,7 +30,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import uuid
 import zlib
@@ -369,7 +368,7 @@ def save_shard(path: Path, rows: int, frame: np.ndarray, action: np.ndarray, rew
 
 
 def game_folder(data_dir: Path, game: str) -> Path:
-    return data_dir / "".join(word.capitalize() for word in game.split("_"))
+    return data_dir.expanduser() / "".join(word.capitalize() for word in game.split("_"))
 
 
 def find_files(args, game: str, run: int, checkpoint: int) -> list[Path]:
@@ -425,7 +424,8 @@ def play_shard(args, rows: int, game: str) -> Path:
 
 def prepare(args, games: list[str], rows: int) -> tuple[list[tuple[int, Path]], str]:
     """(game_id, path) of the games' shards, and where their data comes from: own play, if there is no args.data_dir."""
-    make_folder(args.cache_dir)
+    args.cache_dir = args.cache_dir.expanduser()  # as the shell leaves the ~ of --cache-dir=~/x
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
         print(f"No --data-dir: this is a smoke test on {args.play_rows:,} rows of random play a game.", flush=True)
         make = play_shard
@@ -541,22 +541,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
-
-
 # === processes and precision [shared] =================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # number of this process, its number on its machine, number of processes
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
@@ -576,10 +560,7 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
-    compilers = ["g++", os.environ.get("CXX", "")]
-    if device.type == "cuda":
-        compilers = ["gcc", "clang", os.environ.get("CC", "")]
-    if compiles and not any(shutil.which(name) for name in compilers):
+    if compiles and not any(shutil.which(name) for name in ("gcc", "clang", os.environ.get("CC", ""))):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -671,7 +652,6 @@ def evaluate(objective: Method, held_out: Windows, device: torch.device, precisi
 
 def train(args: Args) -> None:
     # The run's folder, the processes and the device
-    expand_user(args)
     args.games = list(dict.fromkeys(parse_game(name, DQN_REPLAY_GAMES) for name in args.games)) or ID_GAMES
     check_args(args)
     if WORLD_SIZE > 1 and args.device == "cuda":
@@ -681,7 +661,7 @@ def train(args: Args) -> None:
     checkpoint = run_dir / "checkpoint.pt"
     if (run_dir / "args.json").exists() and not (args.resume or args.overwrite):
         raise SystemExit(f"{run_dir} exists. Choose --resume to continue it, --overwrite, or another --run-name.")
-    make_folder(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     if WORLD_SIZE > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # preparing the data may take that long

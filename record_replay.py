@@ -27,7 +27,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -425,10 +424,7 @@ def set_up_device(device: str, precision: str, compiles: bool) -> tuple[torch.de
     bf16 = precision == "bf16" or (precision == "auto" and native)
     if RANK == 0:
         print(f"Device: {device}, precision: {'bfloat16' if bf16 else 'float32'}", flush=True)
-    compilers = ["g++", os.environ.get("CXX", "")]
-    if device.type == "cuda":
-        compilers = ["gcc", "clang", os.environ.get("CC", "")]
-    if compiles and not any(shutil.which(name) for name in compilers):
+    if compiles and not any(shutil.which(name) for name in ("gcc", "clang", os.environ.get("CC", ""))):
         raise SystemExit("torch.compile needs a compiler, and there is none: install gcc and g++, or use --no-compile.")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -440,22 +436,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     yield temporary
     temporary.replace(path)
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder, or says that nothing can be written there: before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def expand_user(args) -> None:
-    """In `--cache-dir=~/x` the shell leaves the ~ as it is."""
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
 
 
 # === games [shared] ===================================================================================================
@@ -587,7 +567,6 @@ MAY_CHANGE = "device compile overwrite log_every".split()  # between the parts o
 
 
 def main(args: Args) -> None:
-    expand_user(args)
     for name in "batch_size n_steps exploration_steps max_episode_steps log_every save_every".split():
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
@@ -600,7 +579,7 @@ def main(args: Args) -> None:
     args.game = parse_game(args.game, [*DQN_REPLAY_GAMES, *FAR_OOD_GAMES])
     device, precision = set_up_device(args.device, args.precision, args.compile)
 
-    args.data_dir = args.data_dir.resolve()
+    args.data_dir = args.data_dir.expanduser().resolve()
     game_dir = args.data_dir / "".join(word.capitalize() for word in args.game.split("_"))
     logs = game_dir / f"{args.seed}" / "replay_logs"
     source = game_dir / "source.txt"
@@ -624,7 +603,7 @@ def main(args: Args) -> None:
         if changed:
             raise SystemExit(f"{checkpoint} was made with {changed}. Give the same, or --overwrite.")
     for folder in (logs, run_dir):
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     with whole_file(source) as temporary:
         temporary.write_text("rainbow\n")
     if device.type != "cpu":

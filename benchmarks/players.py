@@ -459,10 +459,7 @@ def main(args: Args) -> None:
     if args.data_dir:
         folder, jobs = args.data_dir.expanduser(), []
         for name in sorted(names, key=lambda name: PLAYERS[name] is not LookAhead):  # the slow ones first
-            try:
-                name_source(folder, name)
-            except OSError as error:
-                raise SystemExit(f"{folder} cannot be written ({error.strerror}). Choose another folder.") from error
+            name_source(folder, name)
             for checkpoint in RANDOM_SHARES:
                 if not all(path.exists() for path in replay_files(folder, name, checkpoint).values()):
                     jobs.append((record, folder, name, checkpoint, args.rows, args.seed))

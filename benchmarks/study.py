@@ -390,7 +390,8 @@ def judge(methods: list[str], splits: list[str], x: np.ndarray, centre: Callable
 def judge_scores(args: Args, results: dict) -> list[list[str]]:
     methods = ["random", *args.methods]
     splits = [next(split for split, games in eval_iqm.SPLITS.items() if game in games) for game in args.games]
-    x = [results[key]["normalized_score"] for key in product(methods, args.games, range(args.seeds))]
+    keys = product(methods, args.games, range(args.seeds))
+    x = [eval_iqm.normalize(game, results[method, game, seed]["score"]) for method, game, seed in keys]
     x = np.reshape(x, (len(methods), len(args.games), args.seeds))
     pretrained = [args.seeds, *(pretrainings(args, method) for method in args.methods)]  # every seed has a random one
     x = resample(x, pretrained, np.zeros(x.shape[:2]), args.resamples)

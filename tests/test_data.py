@@ -379,18 +379,20 @@ def test_few_files_are_in_memory_at_once(atc, monkeypatch, tmp_path):
     assert 1 < max(most) <= 4
 
 
-def test_a_home_folder_is_found(atc, monkeypatch, tmp_path):
-    """`--cache-dir=~/x` makes no folder named ~."""
+def test_a_home_folder_is_found(atc, breakout, monkeypatch, tmp_path):
+    """`--cache-dir=~/x` makes no folder named ~, and `--data-dir=~/y` is read."""
+    write(tmp_path / "y", "breakout", file_of(breakout, padded=True))
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = atc.Args(cache_dir=Path("~/x"), data_dir=Path("~/y"), run_name="~")
-    atc.expand_user(args)
-    assert (args.cache_dir, args.data_dir, args.run_name) == (tmp_path / "x", tmp_path / "y", "~")
+    monkeypatch.chdir(tmp_path)
+    args = atc.Args(cache_dir=Path("~/x"), data_dir=Path("~/y"), runs=(1,), checkpoints=(1,))
+    ((_, shard),), _ = atc.prepare(args, ("breakout",), 60)
+    assert shard.parent == tmp_path / "x" and shard.exists() and not Path("~").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(atc, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "cache", Path("/proc/cache")):
-        with pytest.raises(SystemExit, match=f"^{folder} cannot be written .*Choose another folder"):
+        with pytest.raises(OSError, match=str(folder)):
             atc.prepare(atc.Args(cache_dir=folder), ("pong",), 1)
 
 

@@ -303,5 +303,5 @@ def test_bad_arguments(args, message, tmp_path):
 def test_a_folder_that_cannot_be_made_ends_the_run_before_it_begins(name, tmp_path, monkeypatch):
     (tmp_path / name).write_text("a file in its place")
     monkeypatch.setattr(recorder, "Environment", None)
-    with pytest.raises(SystemExit, match="cannot be written"):
+    with pytest.raises(NotADirectoryError, match=name):
         record(*SAVED, cwd=tmp_path)

@@ -46,8 +46,11 @@ def differences(page: str, claim: str) -> list[float]:
 
 def iqm_of(folder: Path, method: str) -> float:
     """By hand: of two games and two seeds, the mean of the two scores in the middle"""
-    paths = folder.glob(f"results/bc/{method}/*/seed*.json")
-    _, low, high, _ = sorted(json.loads(path.read_text())["normalized_score"] for path in paths)
+    scores = []
+    for path in folder.glob(f"results/bc/{method}/*/seed*.json"):
+        random, reference = load("eval_iqm.py").SCORES[path.parent.name]
+        scores.append((json.loads(path.read_text())["score"] - random) / (reference - random))
+    _, low, high, _ = sorted(scores)
     return (low + high) / 2
 
 

@@ -66,7 +66,7 @@ def test_as_a_user_runs_it(alone, tmp_path):
     path = alone("pretrain_bc.py")[0] / "runs" / "pretrain_bc__7" / "checkpoint.pt"
     done = run("eval_zeroshot.py", "--checkpoint", path, *SHORT, "--video", cwd=tmp_path)
     assert done.stdout.startswith("Device: cpu, precision: float32\n")
-    assert done.stdout.count("points, normalised") == 2
+    assert done.stdout.count(" points\n") == 2
     for game, split in (("pong", "near_ood"), ("freeway", "id")):
         found = result(tmp_path, "bc", game)
         identity = {key: found[key] for key in ("suite", "method", "game", "split", "seed", "checkpoint")}
@@ -142,7 +142,7 @@ def test_places(checkpoint, few_games, monkeypatch, tmp_path):
     assert result_path(tmp_path, "bc", "pong").exists() and not (tmp_path / "~").exists()
     monkeypatch.setattr(zeroshot, "play_episodes", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"^file/zeroshot/bc/pong cannot be written \(.*\)\. Choose another folder\.$"):
+    with pytest.raises(NotADirectoryError, match="file/zeroshot/bc/pong"):
         play(*SHORT, "--checkpoint", checkpoint("bc"), "--results", "file", cwd=tmp_path)
 
 
