@@ -778,8 +778,10 @@ def test_a_place_that_cannot_be_written_is_told_before_the_download(tmp_path, se
     else:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).touch()
-    shown = download(tmp_path, *options, code=1)
-    assert re.search(r"^(FileExists|NotADirectory|FileNotFound)Error: .*data", shown, re.MULTILINE)
+    started = command(tmp_path / "data", *options)
+    done = subprocess.run(started, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.search(r"^(FileExists|NotADirectory|FileNotFound)Error: .*data", done.stderr, re.MULTILINE), done.stderr
     assert not server.requests
 
 
