@@ -415,7 +415,7 @@ def speed(name: str) -> float:
 def print_table(args: Args, names: list[str]) -> None:
     from common import load, processor  # with PyTorch, which takes seconds to import
 
-    normalize, shares = load("finetune_bc").normalize, (RANDOM_SHARES[5], 1.0)
+    normalize, shares = load("eval_iqm").normalize, (RANDOM_SHARES[5], 1.0)
     jobs = [(score, name, share, n, args.seed) for name in names for share in shares for n in range(args.episodes)]
     scores = {(name, share): [] for name in names for share in shares}
     for (_, name, share, *_), value in run_all(jobs, args.jobs, "scores", "episode"):
