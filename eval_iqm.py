@@ -231,8 +231,9 @@ KEYS_OF = {"smoke_test": (), "backbone": ("method", "seed"), "data": ("game",)}
 KEYS_OF |= dict.fromkeys("args.runs args.checkpoints args.num_transitions args.action_offset".split(), ("game",))
 KEYS_OF |= {f"pretraining.{name}": () for name in "data games runs checkpoints rows_per_checkpoint".split()}
 OTHERS = ("method",)  # keys of all other arguments of the fine-tuning (args) and the pre-training, but for these
-IRRELEVANT = """seed game games method checkpoint backbone pretraining data data_dir play_rows cache_dir replay_dir
-    results device compile video overwrite log_every save_every""".split()
+IRRELEVANT = """seed data_dir play_rows cache_dir replay_dir results device compile video num_workers run_name resume
+    overwrite log_every eval_every save_every""".split()
+TOLD = "game games method checkpoint backbone pretraining data".split()  # arguments that a result tells elsewhere
 
 
 def find_facts(record: dict) -> dict:
@@ -240,9 +241,9 @@ def find_facts(record: dict) -> dict:
     facts = {name: record[name] for name in ("smoke_test", "backbone", "data") if name in record}
     if "pretraining" in record:
         pretraining = record["pretraining"] or {"step": None}  # without one, or from the authors' file
-        facts |= {f"pretraining.{name}": value for name, value in pretraining.items()}
+        facts |= {f"pretraining.{name}": value for name, value in pretraining.items() if name not in IRRELEVANT}
     args = record.get("args", {})
-    return facts | {f"args.{name}": value for name, value in args.items() if name not in IRRELEVANT}
+    return facts | {f"args.{name}": value for name, value in args.items() if name not in (*IRRELEVANT, *TOLD)}
 
 
 def parse(place: str, record: dict) -> dict:

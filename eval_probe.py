@@ -395,17 +395,14 @@ def load_checkpoint(path: Path) -> dict:
 
 def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
     """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
-    digest, args, pretraining = 0, content.get("args"), None
+    digest, pretraining = 0, None
     for part in parts:
         for _, value in sorted(content[part].items()):
             digest = zlib.crc32(value.numpy().tobytes(), digest)
-    if args:  # the authors' files have none
-        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
-            eval_every save_every""".split()  # to what is learned
-        pretraining = {"step": content["step"]}
-        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
-        if content["step"] < args["total_steps"]:
-            print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
+    if "args" in content:  # the authors' files have none
+        pretraining = {"step": content["step"]} | content["args"]
+        if content["step"] < content["args"]["total_steps"]:
+            print(f"Unfinished pre-training: {content['step']} of {content['args']['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
 
 

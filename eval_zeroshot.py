@@ -243,7 +243,7 @@ class Policy(nn.Module):
     def __init__(self, content: dict, precision: torch.autocast):
         super().__init__()
         self.args = content["args"]
-        self.precision = precision  # of f
+        self.precision = precision  # autocast, for f alone
         self.is_dt = "action_embed" in content["neck"]
         self.backbone = ResNet(self.args["width_multiplier"], self.args["blocks"])  # f
         size = self.backbone.channels, len(DQN_REPLAY_GAMES)
@@ -332,23 +332,20 @@ def load_checkpoint(path: Path) -> dict:
 
 def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
     """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
-    digest, args, pretraining = 0, content.get("args"), None
+    digest, pretraining = 0, None
     for part in parts:
         for _, value in sorted(content[part].items()):
             digest = zlib.crc32(value.numpy().tobytes(), digest)
-    if args:  # the authors' files have none
-        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
-            eval_every save_every""".split()  # to what is learned
-        pretraining = {"step": content["step"]}
-        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
-        if content["step"] < args["total_steps"]:
-            print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
+    if "args" in content:  # the authors' files have none
+        pretraining = {"step": content["step"]} | content["args"]
+        if content["step"] < content["args"]["total_steps"]:
+            print(f"Unfinished pre-training: {content['step']} of {content['args']['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
 
 
 # === evaluation [shared] ==============================================================================================
-def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video is True.
+def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[Image.Image]]:
+    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video.
 
     Each has an environment of its own, with up to 30 no-ops at the start and without sticky actions. `policy` maps the
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
@@ -367,14 +364,14 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False, **BAR)
     while running.any():
         if args.video and running[0] and len(frames) < 1800:  # two minutes
-            frames.append(stacks[0, -1].copy())
+            frames.append(Image.fromarray(stacks[0, -1].copy()))
         which = running.nonzero()[0]
         values = policy(stacks[which], which, actions[which], rewards[which])
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
         for i in which:
-            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+            envs[i].send(actions[i : i + 1])  # does not wait: each environment plays in a thread of its own
         for i in which:
             (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
             running[i] = not (terminated or truncated)
@@ -384,14 +381,9 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     return scores, frames
 
 
-def save_gif(path: Path, frames: list[np.ndarray]) -> None:
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)  # the game's speed
-
-
 # === results [shared] =================================================================================================
 def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[Path, dict]:
-    """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
+    """The result's path, and its arguments and facts in plain types. Ends if there is a result made with others."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
     if "/" in method or method in (".", ".."):
@@ -412,7 +404,7 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
 
 
 def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
-    """Writes a result: a smoke test if any data was random play, or if the evaluation was not the benchmark's."""
+    """Writes a result; it is a smoke test if any data was random play or the evaluation was not the benchmark's."""
     evaluation = [args["eval_episodes"], args["max_episode_steps"], args["epsilon"]]
     sources = [args["data"], args["pretraining"] and args["pretraining"]["data"]]
     result = {"suite": path.parts[-4], "method": path.parts[-3], "game": game, "seed": args["seed"]}
@@ -464,12 +456,13 @@ def evaluate(args: Args) -> None:
         result, plain_args = find_result(args, "zeroshot", args.method or content["objective"], game, facts)
         if result.exists() and not args.overwrite:
             continue
-        result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
+        result.unlink(missing_ok=True)  # with --overwrite: so that a run that is cut off leaves no old one
         with torch.no_grad():
             scores, film = play_episodes(game, policy, args)
         save_result(result, game, scores, plain_args)
-        if args.video:
-            save_gif(result.with_suffix(".gif"), film)
+        if args.video:  # at the game's speed
+            gif = result.with_suffix(".gif")
+            film[0].save(gif, save_all=True, append_images=film[1:], duration=1000 / 15, loop=0)
 
 
 if __name__ == "__main__":

@@ -293,35 +293,29 @@ def load_checkpoint(path: Path) -> dict:
 
 def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
     """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
-    digest, args, pretraining = 0, content.get("args"), None
+    digest, pretraining = 0, None
     for part in parts:
         for _, value in sorted(content[part].items()):
             digest = zlib.crc32(value.numpy().tobytes(), digest)
-    if args:  # the authors' files have none
-        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
-            eval_every save_every""".split()  # to what is learned
-        pretraining = {"step": content["step"]}
-        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
-        if content["step"] < args["total_steps"]:
-            print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
+    if "args" in content:  # the authors' files have none
+        pretraining = {"step": content["step"]} | content["args"]
+        if content["step"] < content["args"]["total_steps"]:
+            print(f"Unfinished pre-training: {content['step']} of {content['args']['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
 
 
 # === pre-trained backbone [shared] ====================================================================================
-def load_part(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise SystemExit(f"{path} has another network: set --width-multiplier and --blocks as in its run.") from error
-
-
 def make_backbone(args) -> tuple[ResNet, str, dict]:
-    """The backbone, loaded or initialised, the method's name in the results, and what they say of the checkpoint"""
+    """The backbone, loaded or initialised, the method's name in the results, and what results say of the checkpoint"""
     backbone, method = ResNet(args.width_multiplier, args.blocks), "random" if args.freeze_backbone else "e2e"
     facts = {"backbone": None, "pretraining": None}
     if args.checkpoint:
         content = load_checkpoint(args.checkpoint)
-        load_part(backbone, content["backbone"], args.checkpoint)
+        try:
+            backbone.load_state_dict(content["backbone"])
+        except RuntimeError as error:
+            other = f"{args.checkpoint} has another network"
+            raise SystemExit(f"{other}: set --width-multiplier and --blocks as in its run.") from error
         method = content.get("objective", args.checkpoint.absolute().parent.name) + "_e2e" * (not args.freeze_backbone)
         facts = describe(content)
     return backbone.requires_grad_(not args.freeze_backbone), args.method or method, facts
@@ -473,8 +467,8 @@ def lr_multiplier(step: int, total_steps: int) -> float:
 
 
 # === evaluation [shared] ==============================================================================================
-def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video is True.
+def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[Image.Image]]:
+    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video.
 
     Each has an environment of its own, with up to 30 no-ops at the start and without sticky actions. `policy` maps the
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
@@ -493,14 +487,14 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False, **BAR)
     while running.any():
         if args.video and running[0] and len(frames) < 1800:  # two minutes
-            frames.append(stacks[0, -1].copy())
+            frames.append(Image.fromarray(stacks[0, -1].copy()))
         which = running.nonzero()[0]
         values = policy(stacks[which], which, actions[which], rewards[which])
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
         for i in which:
-            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+            envs[i].send(actions[i : i + 1])  # does not wait: each environment plays in a thread of its own
         for i in which:
             (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
             running[i] = not (terminated or truncated)
@@ -510,14 +504,9 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     return scores, frames
 
 
-def save_gif(path: Path, frames: list[np.ndarray]) -> None:
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)  # the game's speed
-
-
 # === results [shared] =================================================================================================
 def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[Path, dict]:
-    """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
+    """The result's path, and its arguments and facts in plain types. Ends if there is a result made with others."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
     if "/" in method or method in (".", ".."):
@@ -538,7 +527,7 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
 
 
 def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
-    """Writes a result: a smoke test if any data was random play, or if the evaluation was not the benchmark's."""
+    """Writes a result; it is a smoke test if any data was random play or the evaluation was not the benchmark's."""
     evaluation = [args["eval_episodes"], args["max_episode_steps"], args["epsilon"]]
     sources = [args["data"], args["pretraining"] and args["pretraining"]["data"]]
     result = {"suite": path.parts[-4], "method": path.parts[-3], "game": game, "seed": args["seed"]}
@@ -593,7 +582,7 @@ def finetune(args: Args) -> None:
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{game}__{args.seed}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    result.unlink(missing_ok=True)  # with --overwrite: from now on, the old one does not count
+    result.unlink(missing_ok=True)  # with --overwrite: so that a run that is cut off leaves no old one
     writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
     with whole_file(run_dir / "args.json") as temporary:
         temporary.write_text(json.dumps(plain_args, indent=2))
@@ -641,8 +630,8 @@ def finetune(args: Args) -> None:
     writer.add_scalar("eval/score", scores.mean(), len(bar))
     writer.close()
     save_result(result, game, scores, plain_args)
-    if args.video:
-        save_gif(run_dir / "episode.gif", film)
+    if args.video:  # at the game's speed
+        film[0].save(run_dir / "episode.gif", save_all=True, append_images=film[1:], duration=1000 / 15, loop=0)
 
 
 if __name__ == "__main__":

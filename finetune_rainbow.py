@@ -104,7 +104,7 @@ class Rainbow(nn.Module):
     def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
         super().__init__()
         self.args = args
-        self.precision = precision  # of f
+        self.precision = precision  # autocast, for f alone
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
@@ -116,10 +116,9 @@ class Rainbow(nn.Module):
             network.backbone.bfloat16()  # once, not in every pass
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.learned = list(learned.values())
-        self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
+        self.averages = [self.target.get_parameter(name) for name in learned]  # the target's, of the same names
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning: Graph's first 3 steps are uncaptured
         if args.compile:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.act = torch.compile(self.act, dynamic=False)
@@ -132,7 +131,7 @@ class Rainbow(nn.Module):
                 target_maps = next_maps  # f'(o_s+n)
             else:
                 obs, next_obs = stacks.chunk(2)
-                maps = self.online.backbone(obs)  # first: weights that autocast casts in no_grad get no gradient
+                maps = self.online.backbone(obs)  # before no_grad: autocast would keep weights it casts there
                 with torch.no_grad():
                     next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
         i = torch.arange(len(action), device=action.device)
@@ -198,7 +197,7 @@ class Network(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         maps = maps.float()  # g and h in fp32: the values of actions often differ by less than bfloat16 resolves
-        game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)  # they have one game only
+        game_id = torch.zeros(len(maps), dtype=torch.long, device=maps.device)  # g and h know one game only
         return self.head(self.neck(maps, game_id), game_id).unflatten(1, self.shape)
 
 
@@ -265,8 +264,8 @@ def make_batch(replay, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 # === CUDA graphs [shared] =============================================================================================
 class Graph:
-    """Calls a function of tensors with arrays. On CUDA, the fourth call captures its kernels; from then on they are
-    replayed. The first three compile, and allocate what libraries and the optimizer keep."""
+    """Calls a function of tensors with NumPy arrays. On CUDA, the fourth call captures its kernels, which are replayed
+    from then on. The first three compile, and allocate what libraries and the optimizer keep."""
 
     def __init__(self, function, device: torch.device):
         self.function, self.device = function, device
@@ -283,7 +282,7 @@ class Graph:
             self.stream = torch.cuda.Stream(self.device)
             self.graph = torch.cuda.CUDAGraph()
         for name, tensor in tensors.items():
-            self.pinned[name][: len(tensor)] = tensor  # it may have fewer rows than at the first call
+            self.pinned[name][: len(tensor)] = tensor  # the last rows stay as they were if these are fewer
             self.inputs[name].copy_(self.pinned[name], non_blocking=True)
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -525,43 +524,37 @@ def load_checkpoint(path: Path) -> dict:
 
 def describe(content: dict, parts: tuple[str, ...] = ("backbone",)) -> dict:
     """What results say of a checkpoint: a digest of the parts that are used, and how it was pre-trained"""
-    digest, args, pretraining = 0, content.get("args"), None
+    digest, pretraining = 0, None
     for part in parts:
         for _, value in sorted(content[part].items()):
             digest = zlib.crc32(value.numpy().tobytes(), digest)
-    if args:  # the authors' files have none
-        irrelevant = """seed data_dir cache_dir play_rows num_workers device compile run_name resume overwrite log_every
-            eval_every save_every""".split()  # to what is learned
-        pretraining = {"step": content["step"]}
-        pretraining |= {name: value for name, value in args.items() if name not in irrelevant}
-        if content["step"] < args["total_steps"]:
-            print(f"Unfinished pre-training: {content['step']} of {args['total_steps']} steps", flush=True)
+    if "args" in content:  # the authors' files have none
+        pretraining = {"step": content["step"]} | content["args"]
+        if content["step"] < content["args"]["total_steps"]:
+            print(f"Unfinished pre-training: {content['step']} of {content['args']['total_steps']} steps", flush=True)
     return {"backbone": f"{digest:08x}", "pretraining": pretraining}
 
 
 # === pre-trained backbone [shared] ====================================================================================
-def load_part(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise SystemExit(f"{path} has another network: set --width-multiplier and --blocks as in its run.") from error
-
-
 def make_backbone(args) -> tuple[ResNet, str, dict]:
-    """The backbone, loaded or initialised, the method's name in the results, and what they say of the checkpoint"""
+    """The backbone, loaded or initialised, the method's name in the results, and what results say of the checkpoint"""
     backbone, method = ResNet(args.width_multiplier, args.blocks), "random" if args.freeze_backbone else "e2e"
     facts = {"backbone": None, "pretraining": None}
     if args.checkpoint:
         content = load_checkpoint(args.checkpoint)
-        load_part(backbone, content["backbone"], args.checkpoint)
+        try:
+            backbone.load_state_dict(content["backbone"])
+        except RuntimeError as error:
+            other = f"{args.checkpoint} has another network"
+            raise SystemExit(f"{other}: set --width-multiplier and --blocks as in its run.") from error
         method = content.get("objective", args.checkpoint.absolute().parent.name) + "_e2e" * (not args.freeze_backbone)
         facts = describe(content)
     return backbone.requires_grad_(not args.freeze_backbone), args.method or method, facts
 
 
 # === evaluation [shared] ==============================================================================================
-def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video is True.
+def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[Image.Image]]:
+    """Raw scores of args.eval_episodes complete episodes, and the frames of the first one if args.video.
 
     Each has an environment of its own, with up to 30 no-ops at the start and without sticky actions. `policy` maps the
     stacks uint8 [n, 4, 84, 84], indices, last actions and last rewards [n] of running episodes to action values [n, a].
@@ -580,14 +573,14 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     bar = tqdm(desc=f"evaluating on {game}", total=episodes, unit="episode", leave=False, **BAR)
     while running.any():
         if args.video and running[0] and len(frames) < 1800:  # two minutes
-            frames.append(stacks[0, -1].copy())
+            frames.append(Image.fromarray(stacks[0, -1].copy()))
         which = running.nonzero()[0]
         values = policy(stacks[which], which, actions[which], rewards[which])
         actions = rng.integers(num_actions, size=episodes)
         greedy = rng.random(episodes)[which] >= args.epsilon
         actions[which[greedy]] = values[greedy, :num_actions].argmax(1)
         for i in which:
-            envs[i].send(actions[i : i + 1])  # this does not wait: a thread of each environment plays
+            envs[i].send(actions[i : i + 1])  # does not wait: each environment plays in a thread of its own
         for i in which:
             (stacks[i],), (rewards[i],), (terminated,), (truncated,), _ = envs[i].recv()
             running[i] = not (terminated or truncated)
@@ -597,14 +590,9 @@ def play_episodes(game: str, policy, args) -> tuple[np.ndarray, list[np.ndarray]
     return scores, frames
 
 
-def save_gif(path: Path, frames: list[np.ndarray]) -> None:
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / 15, loop=0)  # the game's speed
-
-
 # === results [shared] =================================================================================================
 def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[Path, dict]:
-    """The result's path, and the arguments and facts in plain types. A result made with others ends the script."""
+    """The result's path, and its arguments and facts in plain types. Ends if there is a result made with others."""
     if WORLD_SIZE > 1:
         raise SystemExit(f"{Path(__file__).name} is a single process: start it without torchrun.")
     if "/" in method or method in (".", ".."):
@@ -625,7 +613,7 @@ def find_result(args, suite: str, method: str, game: str, facts: dict) -> tuple[
 
 
 def save_result(path: Path, game: str, scores: np.ndarray, args: dict) -> None:
-    """Writes a result: a smoke test if any data was random play, or if the evaluation was not the benchmark's."""
+    """Writes a result; it is a smoke test if any data was random play or the evaluation was not the benchmark's."""
     evaluation = [args["eval_episodes"], args["max_episode_steps"], args["epsilon"]]
     sources = [args["data"], args["pretraining"] and args["pretraining"]["data"]]
     result = {"suite": path.parts[-4], "method": path.parts[-3], "game": game, "seed": args["seed"]}
@@ -714,7 +702,7 @@ def finetune(args: Args) -> None:
 
     run_dir = Path("runs", f"{Path(__file__).stem}__{method}__{args.game}__{args.seed}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    result.unlink(missing_ok=True)  # from now on, an old result does not count
+    result.unlink(missing_ok=True)  # so that a run that is cut off leaves no old result
     writer = SummaryWriter(run_dir, purge_step=0)  # hides what an unfinished run has logged
     with whole_file(run_dir / "args.json") as temporary:
         temporary.write_text(json.dumps(plain_args, indent=2))
@@ -735,8 +723,8 @@ def finetune(args: Args) -> None:
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()
     save_result(result, args.game, scores, plain_args)
-    if args.video:
-        save_gif(run_dir / "episode.gif", film)
+    if args.video:  # at the game's speed
+        film[0].save(run_dir / "episode.gif", save_all=True, append_images=film[1:], duration=1000 / 15, loop=0)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Rainbow(nn.Module):
     def __init__(self, args: Args, network: nn.Module, device: torch.device, precision: torch.autocast):
         super().__init__()
         self.args = args
-        self.precision = precision  # of f
+        self.precision = precision  # autocast, for f alone
         self.online = network
         self.target = copy.deepcopy(network).requires_grad_(False).eval()
         self.frozen = not any(parameter.requires_grad for parameter in network.backbone.parameters())
@@ -102,10 +102,9 @@ class Rainbow(nn.Module):
             network.backbone.bfloat16()  # once, not in every pass
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.learned = list(learned.values())
-        self.averages = [self.target.get_parameter(name) for name in learned]  # what the target has in their places
+        self.averages = [self.target.get_parameter(name) for name in learned]  # the target's, of the same names
         options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
         self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # no warning: Graph's first 3 steps are uncaptured
         if args.compile:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.act = torch.compile(self.act, dynamic=False)
@@ -118,7 +117,7 @@ class Rainbow(nn.Module):
                 target_maps = next_maps  # f'(o_s+n)
             else:
                 obs, next_obs = stacks.chunk(2)
-                maps = self.online.backbone(obs)  # first: weights that autocast casts in no_grad get no gradient
+                maps = self.online.backbone(obs)  # before no_grad: autocast would keep weights it casts there
                 with torch.no_grad():
                     next_maps, target_maps = self.online.backbone(next_obs), self.target.backbone(next_obs)
         i = torch.arange(len(action), device=action.device)
@@ -310,8 +309,8 @@ def make_batch(replay, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 # === CUDA graphs [shared] =============================================================================================
 class Graph:
-    """Calls a function of tensors with arrays. On CUDA, the fourth call captures its kernels; from then on they are
-    replayed. The first three compile, and allocate what libraries and the optimizer keep."""
+    """Calls a function of tensors with NumPy arrays. On CUDA, the fourth call captures its kernels, which are replayed
+    from then on. The first three compile, and allocate what libraries and the optimizer keep."""
 
     def __init__(self, function, device: torch.device):
         self.function, self.device = function, device
@@ -328,7 +327,7 @@ class Graph:
             self.stream = torch.cuda.Stream(self.device)
             self.graph = torch.cuda.CUDAGraph()
         for name, tensor in tensors.items():
-            self.pinned[name][: len(tensor)] = tensor  # it may have fewer rows than at the first call
+            self.pinned[name][: len(tensor)] = tensor  # the last rows stay as they were if these are fewer
             self.inputs[name].copy_(self.pinned[name], non_blocking=True)
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))

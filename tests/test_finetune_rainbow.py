@@ -150,7 +150,7 @@ def test_from_a_checkpoint(tmp_path, capsys):
     identity = {key: found[key] for key in ("suite", "method", "game", "split", "seed", "data", "smoke_test")}
     expected = {"suite": "rainbow", "method": "atc", "game": "pong", "split": "near_ood", "seed": 0, "data": "online"}
     assert identity == expected | {"smoke_test": True}
-    assert found["pretraining"] == {"step": 3, "total_steps": 9, "data": "random_play"} and len(found["backbone"]) == 8
+    assert found["pretraining"] == {"step": 3} | content["args"] and len(found["backbone"]) == 8
     assert found["score"] == np.mean(found["episode_scores"]) and len(found["episode_scores"]) == 2
     left = {path.name for path in folder_of(tmp_path).iterdir() if not path.name.startswith("events")}
     assert left == {"args.json", "policy.pt", "episode.gif"}

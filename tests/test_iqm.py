@@ -566,9 +566,13 @@ def test_a_method_is_with_or_without_pretraining():
 
 
 def test_what_cannot_change_a_score_need_not_be_alike():
-    free = {"seed": 3, "device": "cuda", "data_dir": "/other", "cache_dir": "x", "results": "here", "video": True}
-    free |= {"checkpoint": "y.pt", "overwrite": True, "log_every": 7, "compile": True, "save_every": 3, "play_rows": 5}
-    write_results(lambda *result: {f"args.{name}": x for name, x in free.items() if WITHIN_A_SEED(*result)})
+    paths = ["data_dir", "cache_dir", "results", "checkpoint", "run_name"]
+    free = [*paths, "seed", "device", "compile", "overwrite", "resume", "num_workers", "play_rows", "video"]
+    free += ["log_every", "eval_every", "save_every"]
+    write_results(lambda *result: {f"args.{name}": result for name in free})
+    assert iqm.mixed(iqm.load(iqm.Args())) == []
+    free.remove("checkpoint")
+    write_results(lambda *result: {f"pretraining.{name}": result for name in free})
     assert iqm.mixed(iqm.load(iqm.Args())) == []
 
 
