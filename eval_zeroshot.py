@@ -98,10 +98,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
-
-    Torchvision's names: bn is a norm, whichever it is.
-    """
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -119,7 +116,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool; torchvision's names, bn a norm: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()

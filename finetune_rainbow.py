@@ -6,13 +6,13 @@
 """Rainbow (1710.02298): fine-tunes a pre-trained ResNet-50 on one game by playing it, then plays 100 episodes.
 
 A new neck g and head h on the frozen backbone f learn the distribution of the return of each action a: 51 atoms z from
--10 to 10 have the probabilities p(o, a) = softmax(h(g(f(o)))[a]) (C51, 1707.06887), and Q = sum_j z_j p_j. The target
-network p' is p with averaged weights; o is a stack of 4 frames. A transition i is drawn with probability P_i, which is
-proportional to priority_i^0.5 (1511.05952). It begins at step s:
+-10 to 10 have the probabilities p(o, a) = softmax(h(g(f(o)))[a]) (C51, 1707.06887), and Q = sum_j z_j p_j; o is a stack
+of 4 frames. The target network p' is a copy of p, with a moving average of its weights. Transition i, which begins at
+step s, is drawn with a probability P_i proportional to priority_i^0.5 (1511.05952):
 
     G    = sum_{k<n} gamma^k sign(r_{s+k})       n-step return up to a lost life or the game's end; n = 10
     a*   = argmax_a Q(o_{s+n}, a)                double Q-learning (1509.06461)
-    m    = p'(o_{s+n}, a*) moved to the atoms G + gamma^n z (G, if an episode ended), and projected onto z
+    m    = p'(o_{s+n}, a*) moved to the atoms G + gamma^n z (to G, if an episode ended), and projected onto z
     L_i  = -sum_j m_j log p(o_s, a_s)_j          cross-entropy; also the new priority_i
     loss = mean_i w_i L_i                        w_i = (min_k P_k / P_i)^beta over the batch; beta rises to 1
 
@@ -24,7 +24,7 @@ target network chooses the actions. Updates see randomly shifted and brightened 
     python finetune_rainbow.py --game pong --no-freeze-backbone       # baseline "e2e": everything is learned
 
 The result, with the settings of the Atari Pre-training Benchmark (2406.06037), is results/rainbow/<method>/<game>/
-seed<k>.json. The same command begins a run again that was cut off, and does nothing if the result is there already.
+seed<k>.json. A run that was cut off begins again with the same command, which does nothing if the result is there.
 """
 
 import copy
@@ -377,10 +377,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
-
-    Torchvision's names: bn is a norm, whichever it is.
-    """
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -398,7 +395,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool; torchvision's names, bn a norm: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -660,12 +657,13 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             rows, priorities, batch = replay.sample(args.batch_size, rng)
             beta = np.interp(i, [0, last_update], [args.importance_exponent, 1])
             weight = (priorities.min() / priorities) ** beta  # w [b]; the priorities have their exponent already
-            values = update(**batch, weight=weight.astype(np.float32))
-            if not np.isfinite(values).all():
-                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {played}.")
+            values = update(**batch, weight=weight.astype(np.float32))  # [2 + 3b]
+            loss, grad_norm = values[:2]
             cross_entropy, q, target_q = values[2:].reshape(3, -1)  # [b] each
+            if not np.isfinite(values).all():
+                raise SystemExit(f"Loss {loss} or gradient norm {grad_norm} is not finite at step {played}.")
             replay.set_losses(rows, cross_entropy)
-            recent.append([values[0], values[1], q.mean(), target_q.mean()])
+            recent.append([loss, grad_norm, q.mean(), target_q.mean()])
 
         if recent and played % args.log_every == 0:
             rate = (played - logged) / (time.perf_counter() - clock)  # agent steps per second
@@ -718,7 +716,7 @@ def finetune(args: Args) -> None:
     parts = ("neck", "head") if args.freeze_backbone else ("backbone", "neck", "head")
     with whole_file(run_dir / "policy.pt") as temporary:
         torch.save({part: getattr(model.target, part).state_dict() for part in parts}, temporary)
-    act = Graph(model.act, device)
+    act = Graph(model.act, device)  # returns as many rows as its first call
     scores, film = play_episodes(args.game, lambda stacks, *_: act(stacks=stacks)[: len(stacks)], args)
     writer.add_scalar("eval/score", scores.mean(), args.total_steps)
     writer.close()

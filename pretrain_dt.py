@@ -257,10 +257,7 @@ class Norm(nn.GroupNorm):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]
-
-    Torchvision's names: bn is a norm, whichever it is.
-    """
+    """1x1, 3x3 (strided) and 1x1 convolution, and a shortcut: [b, c, h, w] -> [b, 4 planes, h/stride, w/stride]"""
 
     def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
@@ -278,7 +275,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (1512.03385) without max-pool, named as in torchvision: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
+    """ResNet-50 (1512.03385) without max-pool; torchvision's names, bn a norm: [b, 4, 84, 84] -> [b, channels, 6, 6]"""
 
     def __init__(self, width_multiplier: float, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -442,17 +439,13 @@ def play_shard(args, rows: int, game: str) -> Path:
         env = AtariVectorEnv(game, 1, autoreset_mode=AutoresetMode.SAME_STEP, **options)
         stack, _ = env.reset(seed=0)  # [1, 4, 84, 84]
         rng = np.random.default_rng(0)
-        frames = np.zeros((rows, 84, 84), np.uint8)
-        actions = np.zeros(rows, int)
-        rewards = np.zeros(rows, int)
-        terminals = np.zeros(rows, bool)
-        for row in range(rows):
-            frames[row] = stack[0, -1]
-            actions[row] = rng.integers(env.single_action_space.n)
-            stack, reward, terminated, truncated, _ = env.step(actions[row : row + 1])
-            rewards[row] = reward[0]
-            terminals[row] = terminated[0] or truncated[0]
-        save_shard(path, rows, frames, actions, rewards, terminals)
+        played = []  # frame, action, reward and terminal of each row
+        for _ in range(rows):
+            frame = stack[0, -1].copy()
+            action = rng.integers(env.single_action_space.n)
+            stack, reward, terminated, truncated, _ = env.step(np.array([action]))
+            played.append((frame, action, reward[0], terminated[0] or truncated[0]))
+        save_shard(path, rows, *(np.array(column) for column in zip(*played, strict=True)))
     return path
 
 

@@ -504,12 +504,13 @@ def train(model: Rainbow, replay: Replay, env: Environment, writer: SummaryWrite
             rows, priorities, batch = replay.sample(args.batch_size, rng)
             beta = np.interp(i, [0, last_update], [args.importance_exponent, 1])
             weight = (priorities.min() / priorities) ** beta  # w [b]; the priorities have their exponent already
-            values = update(**batch, weight=weight.astype(np.float32))
-            if not np.isfinite(values).all():
-                raise SystemExit(f"Loss {values[0]} or gradient norm {values[1]} is not finite at step {played}.")
+            values = update(**batch, weight=weight.astype(np.float32))  # [2 + 3b]
+            loss, grad_norm = values[:2]
             cross_entropy, q, target_q = values[2:].reshape(3, -1)  # [b] each
+            if not np.isfinite(values).all():
+                raise SystemExit(f"Loss {loss} or gradient norm {grad_norm} is not finite at step {played}.")
             replay.set_losses(rows, cross_entropy)
-            recent.append([values[0], values[1], q.mean(), target_q.mean()])
+            recent.append([loss, grad_norm, q.mean(), target_q.mean()])
 
         if recent and played % args.log_every == 0:
             rate = (played - logged) / (time.perf_counter() - clock)  # agent steps per second
