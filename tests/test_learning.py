@@ -205,9 +205,9 @@ def test_cloned_behaviour_predicts_unseen_actions(tmp_path):
     bc, play = load("finetune_bc.py"), tmp_path / "play"
     record(play, "pong", pong_follower(), TRAINED + UNSEEN)
     data = ("--data-dir", play, *FEW_FILES, "--num-transitions", TRAINED)
-    train = ("--epochs", 20, "--learning-rate", 3e-3, "--batch-size", 64)
+    learning = ("--epochs", 20, "--learning-rate", 3e-3, "--batch-size", 64)
     short = ("--eval-episodes", 1, "--max-episode-steps", 5)
-    run("finetune_bc.py", "--game", "pong", *FLAGS, *data, *train, *short, cwd=tmp_path)
+    run("finetune_bc.py", "--game", "pong", *FLAGS, *data, *learning, *short, cwd=tmp_path)
 
     torch.manual_seed(0)  # as the script: the same random backbone
     policy = bc.Policy(bc.ResNet(**NETWORK).requires_grad_(False))
