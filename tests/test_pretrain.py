@@ -307,12 +307,14 @@ def test_signal_saves_and_ends(number, played, tmp_path):
 
 def test_nohup_is_respected(played, tmp_path):
     """A signal that is ignored as the run begins stays so: it goes on when its terminal is closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        train("pretrain_atc.py", *FAST, "--total-steps", 1, "--cache-dir", played, cwd=tmp_path)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    nohup = dict(cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start("pretrain_atc.py", *LONG, "--cache-dir", played, **nohup)
+    wait_for(lambda: handles_sigterm(process), process)
+    time.sleep(1)
+    ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
 
 
 def test_signal_to_one_of_two_processes_stops_both(played, tmp_path):
