@@ -1,6 +1,6 @@
-# make quickstart   plays games, pre-trains, fine-tunes and prints the IQM table; 9 minutes, no data, no GPU
+# make quickstart   plays games, pre-trains, fine-tunes and prints the IQM table; 10 minutes, no data, no GPU
 # make table        does the same for every method of the paper's table, with a few steps of training each
-# make test         lints and runs all but the slow tests; 10 minutes on 2 cores
+# make test         lints and runs all but the slow tests; 12 to 17 minutes on 2 cores
 # make test-slow    runs the slow tests: learning, many kills, many processes
 # make bench        measures speed and memory against the plain way of doing the same
 # make sync         copies the shared sections of SCRIPT (default: pretrain_atc.py) over those of the other scripts
@@ -31,9 +31,9 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 # A network of a quarter of the width on 1,000 rows of random play a game: this shows that everything runs, no more.
 SMALL := --width-multiplier 0.25 --blocks 1 1 1 1
-PRETRAIN := --games ms_pacman breakout freeway road_runner --total-steps 150 --batch-size 64 --save-every 50
+PRETRAIN := --games ms_pacman breakout freeway road_runner --total-steps 150 --batch-size 32 --save-every 50
 EVALUATE := --eval-episodes 4 --max-episode-steps 500
-CLONE := --epochs 8 --batch-size 64 $(EVALUATE)
+CLONE := --epochs 4 --batch-size 64 $(EVALUATE)
 RAINBOW := --total-steps 400 --learning-starts 200 --updates-per-step 0.25 $(EVALUATE)
 CHECKPOINT := runs/pretrain_$(OBJECTIVE)__0/checkpoint.pt
 
